@@ -1,0 +1,167 @@
+"""What the code says, read as text: source digests of a run, and the signatures of the surgery verbs. No torch.
+
+A digest covers the syntax tree, so comments, docstrings and white space change nothing. It covers the core that every run
+uses and, of models, objectives, surgery and layers, what the run's recipe names: an edit in one paper's layer reruns the
+variants of that paper and no others.
+"""
+
+import ast
+import hashlib
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from convx import VERBS
+
+PACKAGE = Path(__file__).resolve().parent
+CORE = {
+    "train": ["training.py", "seeds.py", "runs.py", "data/batches.py", "models/__init__.py", "objectives/__init__.py"],
+    "evaluate": [
+        *(f"evaluate/{name}.py" for name in ("__init__", "run", "accuracy", "corruption", "attacks", "cost")),
+        "runs.py",
+        "models/__init__.py",
+    ],
+    "measure": [*(f"evaluate/{name}.py" for name in ("__init__", "run", "latency", "energy")), "runs.py", "models/__init__.py"],
+    "data": [f"data/{name}.py" for name in ("prepare", "readers", "sets", "splits", "pixels", "folder")],
+    "corrupt": ["data/corruptions"],
+    "report": ["report", "claims.py", "ledger.py", "statistics.py", "intervals.py", "resampling.py"],
+}
+
+
+class _Strip(ast.NodeTransformer):
+    """Drop docstrings, so that editing one reruns nothing."""
+
+    def _visit(self, node):
+        self.generic_visit(node)
+        body = node.body
+        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = [entry for entry in body[1:]] or [ast.Pass()]
+        return node
+
+    visit_Module = visit_FunctionDef = visit_ClassDef = visit_AsyncFunctionDef = _visit
+
+
+@lru_cache
+def _tree(relative: str) -> ast.Module:
+    return _Strip().visit(ast.parse((PACKAGE / relative).read_text(encoding="utf-8")))
+
+
+@lru_cache
+def _file_digest(relative: str) -> str:
+    path = PACKAGE / relative
+    if path.is_dir():
+        parts = [_file_digest(f"{relative}/{p.name}") for p in sorted(path.glob("*.py"))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return hashlib.sha256(ast.dump(_tree(relative)).encode()).hexdigest()
+
+
+def _imported(node: ast.AST, package: str) -> set[str]:
+    """Return the files of ``convx/<package>/`` that a piece of code imports, as paths relative to the package."""
+    files = set()
+    for entry in ast.walk(node):
+        if isinstance(entry, ast.ImportFrom):
+            module = entry.module or ""
+            if entry.level == 1:
+                names = [module.split(".")[0]] if module else [alias.name for alias in entry.names]
+            elif module == f"convx.{package}":
+                names = [alias.name for alias in entry.names]
+            elif module.startswith(f"convx.{package}."):
+                names = [module.split(".")[2]]
+            else:
+                continue
+        elif isinstance(entry, ast.Import):
+            names = [alias.name.split(".")[2] for alias in entry.names if alias.name.startswith(f"convx.{package}.")]
+        else:
+            continue
+        files |= {f"{package}/{name}.py" for name in names if (PACKAGE / package / f"{name}.py").exists()}
+    return files
+
+
+@lru_cache
+def _layers_of(relative: str) -> frozenset[str]:
+    """Return the layer files that a file imports, directly or through other layer files."""
+    found, queue = set(), [relative]
+    while queue:
+        new = _imported(_tree(queue.pop()), "layers") - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+@lru_cache
+def _surgery_parts() -> tuple[str, dict[str, tuple[str, frozenset[str]]]]:
+    """Return the digest of what all verbs share in surgery.py, and {verb: (digest of its function, its layer files)}."""
+    shared, verbs = [], {}
+    for node in _tree("surgery.py").body:
+        if isinstance(node, ast.FunctionDef) and node.name in VERBS:
+            layers = set(_imported(node, "layers"))
+            for file in set(layers):
+                layers |= _layers_of(file)
+            verbs[node.name] = (hashlib.sha256(ast.dump(node).encode()).hexdigest(), frozenset(layers))
+        elif not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign):
+            shared.append(ast.dump(node))
+    return hashlib.sha256("".join(shared).encode()).hexdigest(), verbs
+
+
+def _parts(recipe: dict) -> list[str]:
+    """Return the digests of what one recipe names: its model family, objective, verbs, layers, and those of its start."""
+    from convx.models import family
+
+    shared, verbs = _surgery_parts()
+    files, parts = set(), []
+    if name := family(recipe["model"]["name"]):
+        files |= {f"models/{name}.py"} | _layers_of(f"models/{name}.py")
+    objective = f"objectives/{recipe['objective']['name']}.py"
+    files |= {objective} | _layers_of(objective)
+    for step in recipe["surgery"]:
+        function, layers = verbs[step["verb"]]
+        parts.append(function)
+        files |= layers
+    if recipe["surgery"]:
+        parts.append(shared)
+    if recipe["start"]:
+        parts += _parts(recipe["start"]["recipe"])
+    return [*parts, *(_file_digest(file) for file in sorted(files))]
+
+
+def source_digest(verb: str, recipe: dict | None = None) -> str:
+    """Return the digest of the code that decides the numbers of one step ("train", "evaluate", ...) of one run."""
+    parts = [_file_digest(file) for file in CORE[verb]]
+    if recipe is not None:
+        parts += _parts(recipe)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+@lru_cache
+def surgery_signatures() -> tuple[dict[str, dict[str, list | None]], dict[str, tuple]]:
+    """Return {verb: {argument: its ``Literal`` choices or None}} and the bounds in ``LIMITS``, from surgery.py's text."""
+    verbs, limits = {}, {}
+    for node in _tree("surgery.py").body:
+        if isinstance(node, ast.FunctionDef) and node.name in VERBS:
+            arguments = [*node.args.args[1:], *node.args.kwonlyargs]
+            verbs[node.name] = {a.arg: _choices(a.annotation) for a in arguments}
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if getattr(target, "id", "") == "LIMITS":
+                limits = ast.literal_eval(node.value)
+    return verbs, limits
+
+
+def _choices(annotation: ast.expr | None) -> list | None:
+    for node in ast.walk(annotation) if annotation is not None else []:
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "Literal":
+            values = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            optional = any(isinstance(n, ast.Constant) and n.value is None for n in ast.walk(annotation))
+            return [v.value for v in values] + ([None] if optional else [])
+    return None
+
+
+@lru_cache
+def optimizer_names() -> frozenset[str]:
+    """Return the optimisers that timm's factory knows, read from its source; empty where that cannot be found."""
+    spec = find_spec("timm")
+    file = spec and Path(spec.origin).parent / "optim" / "_optim_factory.py"
+    if not file or not file.exists():
+        return frozenset()
+    return frozenset(re.findall(r"OptimInfo\(\s*name=['\"](\w+)['\"]", file.read_text(encoding="utf-8")))
