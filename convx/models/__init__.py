@@ -1,0 +1,85 @@
+"""Models by name: small backbones that timm lacks, and every timm model as ``timm/<name>``. Importing this needs no torch."""
+
+import difflib
+import re
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+# family -> (pattern of its names, an example, one line of description); the module convx/models/<family>.py has
+# ``create(name, num_classes, in_channels, image_size, **settings)``.
+FAMILIES = {
+    "resnet_cifar": (
+        r"resnet(\d+)_(\d+)(_k\d+)?(_dw)?",
+        "resnet20_16",
+        "CIFAR ResNet of depth D and width W, option-B shortcuts; kernel _kN, depthwise _dw",
+    ),
+    "bottleneck_cifar": (
+        r"bottleneck(\d+)_(\d+)",
+        "bottleneck29_16",
+        "CIFAR ResNet with bottleneck blocks, depth D = 9n + 2, width W",
+    ),
+    "mobile_cifar": (
+        r"mobilenet(\d+)_(\d+)",
+        "mobilenet20_16",
+        "Small MobileNetV2, depth D = 3n + 2, width W",
+    ),
+    "convmixer": (
+        r"convmixer(\d+)_(\d+)(_k\d+)?(_p\d+)?",
+        "convmixer128_8",
+        "ConvMixer of width W and depth D; kernel _kN, patch _pN",
+    ),
+}
+
+
+def family(name: str) -> str | None:
+    """Return the family that a model name belongs to, or None."""
+    return next((key for key, (pattern, _, _) in FAMILIES.items() if re.fullmatch(pattern, name)), None)
+
+
+@lru_cache
+def timm_names() -> frozenset[str]:
+    """Return the names that the installed timm registers, read from its source (importing timm would import torch)."""
+    spec = find_spec("timm")
+    if spec is None:
+        return frozenset()
+    folder = Path(spec.origin).parent / "models"
+    pattern = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+    return frozenset(
+        name for file in folder.glob("*.py") for name in pattern.findall(file.read_text(encoding="utf-8"))
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` with the nearest valid word when no such model exists."""
+    if family(name) or (name.startswith("timm/") and name[5:].split(".")[0] in timm_names()):
+        return
+    known = [example for _, example, _ in FAMILIES.values()] + [f"timm/{n}" for n in timm_names()]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    raise ValueError(
+        f"model {name!r} is unknown"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + " (`convx list models` shows all)"
+    )
+
+
+def create_model(
+    name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings
+):
+    """Build a model by name.
+
+    ``resnet20_16`` and the like come from convx, ``timm/<name>`` from timm (``settings`` go to ``timm.create_model``;
+    ``image_size`` is passed as ``img_size`` where the model takes it, i.e. to transformers).
+    """
+    check_name(name)
+    if key := family(name):
+        module = import_module(f"convx.models.{key}")
+        return module.create(
+            name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **settings
+        )
+    import timm
+
+    if image_size and "img_size" not in settings and "vit" in name.split("/")[1].split("_")[0]:
+        settings["img_size"] = image_size
+    return timm.create_model(name[5:], num_classes=num_classes, in_chans=in_channels, **settings)

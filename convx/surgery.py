@@ -1,0 +1,352 @@
+"""Layer surgery on any ``nn.Module``: the public verbs.
+
+Every verb has the form ``verb(model, layers="*", ...) -> new model``. It never edits its input, it records what it replaced in
+``new_model.surgery_log`` and in the log, and a pattern that matches nothing is an error that lists what could match.
+Patterns are globs over module names (``"layer4.*"``, or a list of them); ``"*"`` is everything that can be replaced;
+``"{stage-1}"`` stands for the module name of the last stage, ``"{stage-2}"`` for the one before it.
+A verb imports its layer inside its own body: the source digest of a run covers the layers that its verbs name, no others.
+"""
+
+import copy
+import fnmatch
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from convx import VERBS
+from convx.seeds import derive, generator
+
+log = logging.getLogger("convx")
+
+# Bounds (low, high; None is open) of the verbs' numeric arguments by name. Read as a literal when a study is checked, so that a
+# value out of range is an error before any job starts; ``check_limits`` applies the same bounds to a direct call.
+LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "expansion": (1, 4096),
+    "locality": (0.001, 1000.0),
+    "key_dim": (1, 4096),
+    "gate_init": (-50.0, 50.0),
+    "gate_lr_factor": (0.0, None),
+    "position_lr_factor": (0.0, None),
+}
+
+
+def check_limits(**values) -> None:
+    """Raise ``ValueError`` that names the first argument outside its bounds in ``LIMITS``; None passes."""
+    for name, value in values.items():
+        low, high = LIMITS[name]
+        numbers = value if isinstance(value, tuple | list) else [value]
+        for number in numbers:
+            if number is not None and (
+                (low is not None and number < low) or (high is not None and number > high)
+            ):
+                raise ValueError(
+                    f"{name}={value!r} is out of range: {'' if low is None else f'{low} <= '}{name}{'' if high is None else f' <= {high}'}"
+                )
+
+
+def check_choices(**values) -> None:
+    """Raise ``ValueError`` that names the first argument, given as ``name=(value, choices)``, that is none of its choices."""
+    for name, (value, choices) in values.items():
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not valid; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One line of ``model.surgery_log``: which verb turned which module into what."""
+
+    verb: str
+    name: str
+    before: str
+    after: str
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    """Return the module names of the model's stages, first to last, from timm's ``feature_info``."""
+    info = getattr(model, "feature_info", None)
+    entries = getattr(info, "info", info) or []
+    return [entry["module"] for entry in entries]
+
+
+def _expand(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
+    """Return the patterns as a list, with ``{stage-k}`` replaced by the module name of the k-th stage from the end."""
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(
+            f"layers={layers!r}: give a glob over module names such as 'layer4.*', or a list of them"
+        )
+
+    def stage(match: re.Match) -> str:
+        names, back = stage_names(model), int(match.group(1))
+        if not 1 <= back <= len(names):
+            raise ValueError(
+                f"layers={layers!r}: the model names {len(names)} stages ({', '.join(names)}), {match.group(0)} is not one"
+            )
+        return names[-back]
+
+    return [re.sub(r"\{stage-(\d+)\}", stage, pattern) for pattern in patterns]
+
+
+def find(
+    model: nn.Module, layers: str | Iterable[str], accepts: Callable[[nn.Module], bool], what: str
+) -> dict[str, nn.Module]:
+    """Return {name: module} of the modules that match a pattern and are accepted.
+
+    A module is also matched by a pattern that names a parent of it (``"layer4"`` matches ``"layer4.0.conv1"``).
+    Raises ``ValueError`` when nothing matches; the message lists the names that could.
+    """
+    patterns = _expand(model, layers)
+    could = {name: module for name, module in model.named_modules() if name and accepts(module)}
+    found = {
+        name: module
+        for name, module in could.items()
+        if any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
+    }
+    if not found:
+        names = list(could)
+        shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+        raise ValueError(
+            f"layers={layers!r} matches no {what}; "
+            + (f"these could match: {shown}" if names else "the model has none")
+        )
+    return found
+
+
+def replace(
+    model: nn.Module,
+    layers: str | Iterable[str],
+    accepts: Callable[[nn.Module], bool],
+    make: Callable[[str, nn.Module], nn.Module],
+    verb: str,
+    what: str,
+) -> nn.Module:
+    """Return a deep copy of ``model`` in which every matching module is ``make(name, module)``.
+
+    A module that is registered under several names is made once and stays shared. ``make`` may return the module itself,
+    changed in place: it is already a copy.
+    """
+    new = copy.deepcopy(model)
+    made: dict[int, nn.Module] = {}
+    records = []
+    for name, module in find(new, layers, accepts, what).items():
+        before = _describe(module)
+        if id(module) not in made:
+            made[id(module)] = make(name, module)
+        parent, _, child = name.rpartition(".")
+        setattr(new.get_submodule(parent), child, made[id(module)])
+        records.append(Replacement(verb, name, before, _describe(made[id(module)])))
+        log.info("%s: %s: %s -> %s", verb, name, records[-1].before, records[-1].after)
+    new.surgery_log = [*getattr(model, "surgery_log", []), *records]
+    return new
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def is_spatial_conv(module: nn.Module) -> bool:
+    """True for a plain ``nn.Conv2d`` (not a subclass with a forward of its own) whose kernel covers more than one pixel."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and module.kernel_size[0] * module.kernel_size[1] > 1
+    )
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return a copy in which every foldable operator is the ``nn.Conv2d`` it stands for; outputs do not change.
+
+    An operator is foldable when it has a ``fold`` method and its ``foldable`` attribute, where it has one, is true (an
+    attention layer with open gates is not a convolution and stays as it is). A model without operators comes back as a copy.
+    """
+
+    def accepts(module: nn.Module) -> bool:
+        return callable(getattr(module, "fold", None)) and bool(getattr(module, "foldable", True))
+
+    if not any(accepts(module) for module in model.modules()):
+        return copy.deepcopy(model)
+    if accepts(model):
+        return copy.deepcopy(model).fold()
+    return replace(model, "*", accepts, lambda name, module: module.fold(), "fold", "foldable operator")
+
+
+def apply(model: nn.Module, steps: list[dict], seed: int) -> nn.Module:
+    """Return ``model`` after the surgery steps of a variant: ``[{"verb": "recast_attention", "layers": "{stage-1}", ...}]``.
+
+    A verb with a ``seed`` parameter gets one derived from the run's seed and the step's place, unless the step fixes it.
+    """
+    for place, step in enumerate(steps):
+        settings = dict(step)
+        name = settings.pop("verb")
+        if name not in VERBS:
+            raise ValueError(f"surgery verb {name!r} is unknown; the verbs are {', '.join(VERBS)}")
+        verb = globals()[name]
+        if "seed" in inspect.signature(verb).parameters:
+            settings.setdefault("seed", derive(seed, "surgery", f"{place}.{name}"))
+        model = verb(model, **settings)
+    return model
+
+
+# The verbs of the methods, in the order of the papers; each stands in ``convx.VERBS`` too.
+
+
+def recast_attention(
+    model: nn.Module,
+    layers: str | list[str] = "*",
+    locality: float = 15.0,
+    gate: Literal["linear", "sigmoid"] = "linear",
+    gate_init: float | None = None,
+    border: Literal["zero_halo", "replicate"] = "zero_halo",
+    key_dim: int | None = None,
+    filters: Literal["conv", "random"] = "conv",
+    positions: Literal["local", "random"] = "local",
+    frozen: Literal["none", "gates", "projections"] = "none",
+    gate_lr_factor: float = 1.0,
+    position_lr_factor: float = 1.0,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy in which every matching convolution is gated positional self-attention that computes the same function.
+
+    T-CNN (d'Ascoli et al. 2021, arXiv 2106.05795). Takes any ``nn.Conv2d`` whose kernel covers more than one pixel, and timm's
+    ``Conv2dSame``. ``locality`` is alpha in 1/pixel^2: the relative error of a layer is about 4 exp(-alpha), and so is the
+    gradient that could move its heads; at 15 the error is that of float32 and Adam still moves them. ``gate`` "linear" starts
+    as the convolution exactly (``gate_init`` None: 0), "sigmoid" with a share sigmoid(-gate_init) of content (None: 5).
+    ``border`` "zero_halo" keeps the convolution's padding, "replicate" gives it up. ``key_dim`` is the width of q and k per
+    head (None: max(8, C_in // taps)). Controls: ``filters="random"`` redraws the filters, ``positions="random"`` starts
+    without locality, ``frozen`` keeps "gates" (and what only an open gate would train) or "projections" (q, k, v) fixed.
+    ``gate_lr_factor`` and ``position_lr_factor`` multiply the learning rate of gates and positions. ``seed`` draws q, k and
+    whatever else is random. Raises ``ValueError`` for a value out of range, an unknown choice or a pattern without a match.
+    """
+    from convx.layers.gpsa import GatedPositionalAttention, is_same_conv
+
+    check_limits(
+        locality=locality, key_dim=key_dim, gate_init=gate_init,
+        gate_lr_factor=gate_lr_factor, position_lr_factor=position_lr_factor,
+    )  # fmt: skip
+    if key_dim is not None and int(key_dim) != key_dim:
+        raise ValueError(f"key_dim={key_dim!r} should be a whole number")
+    check_choices(
+        gate=(gate, ("linear", "sigmoid")),
+        border=(border, ("zero_halo", "replicate")),
+        filters=(filters, ("conv", "random")),
+        positions=(positions, ("local", "random")),
+        frozen=(frozen, ("none", "gates", "projections")),
+    )
+    if gate == "linear" and not 0 <= (gate_init or 0) <= 1:
+        raise ValueError(f"gate_init={gate_init!r} is out of range: a linear gate is a share, 0 <= gate_init <= 1")
+
+    def make(name: str, conv: nn.Conv2d) -> nn.Module:
+        layer = GatedPositionalAttention.from_conv(
+            conv, locality=locality, gate=gate, gate_init=gate_init, border=border, key_dim=key_dim,
+            random_filters=filters == "random", random_positions=positions == "random",
+            gate_lr_factor=gate_lr_factor, position_lr_factor=position_lr_factor,
+            generator=generator(seed, "recast", name),
+        )  # fmt: skip
+        if frozen == "gates":
+            layer.gate.requires_grad_(False)
+        if frozen == "projections":
+            layer.value.requires_grad_(False)
+        if frozen == "projections" or (frozen == "gates" and layer.gates_closed):
+            layer.query.requires_grad_(False)
+            layer.key.requires_grad_(False)
+        return layer
+
+    def accepts(module: nn.Module) -> bool:
+        return is_spatial_conv(module) or is_same_conv(module)
+
+    return replace(model, layers, accepts, make, "recast_attention", "convolution with a kernel above 1x1")
+
+
+def freeze_spatial(model: nn.Module, layers: str | list[str] = "*") -> nn.Module:
+    """Return a copy in which every matching convolution above 1x1 keeps its weights (and bias) for good.
+
+    "Frozen random" networks of arXiv 2301.11360, section 3: 1x1 convolutions, normalisation and the head stay learnable, the
+    stem does not. Subclasses of ``nn.Conv2d`` count too. Raises ``ValueError`` for a pattern without a match.
+    """
+
+    def accepts(module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and module.kernel_size[0] * module.kernel_size[1] > 1
+
+    def make(name: str, conv: nn.Conv2d) -> nn.Module:
+        for parameter in conv.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return conv
+
+    return replace(model, layers, accepts, make, "freeze_spatial", "convolution with a kernel above 1x1")
+
+
+def linear_combinations(
+    model: nn.Module,
+    layers: str | list[str] = "*",
+    expansion: int = 1,
+    bank: Literal[
+        "iid_uniform", "iid_normal", "shared", "orthonormal", "covariance", "edges_and_lines"
+    ] = "iid_uniform",
+    frozen: bool = True,
+    mode: Literal["folded", "two_layer"] = "folded",
+    middle: Literal["none", "relu", "bn", "bn_relu"] = "none",
+    form: Literal["dense", "depthwise"] = "dense",
+    start: Literal["random", "fit"] = "random",
+    donor: nn.Module | Literal["host"] = "host",
+    fresh: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy in which every matching convolution is a learned linear combination of fixed random filters.
+
+    Gavrikov and Keuper, arXiv 2301.11360, section 4. ``expansion`` E: filters per output channel ("depthwise" ``form``: per
+    input channel). ``frozen=False`` is the control with a learned bank. ``mode`` "folded" trains at the cost of the plain
+    layer, "two_layer" as the paper did; the operation ``middle`` (table 3) needs "two_layer". ``start`` "fit" sets the
+    combinations to the least-squares fit of the replaced kernel. ``bank``: see ``convx.layers.filter_banks``. "covariance"
+    measures the filters of ``donor``: of the same layer of the host, or of another trained model's spatial convolutions at
+    the same relative depth (interpolated, resized). ``fresh`` starts every other layer anew, so that of a trained host only
+    the covariances are used. ``seed`` and the layer's name decide every draw.
+    Raises ``ValueError`` for a value out of range, an unknown choice, a pair that excludes itself or a pattern without a match.
+    """
+    from convx.layers.filter_banks import BANKS, transferred_roots
+    from convx.layers.linear_combination import FORMS, MIDDLES, MODES, LinearCombinationConv2d
+
+    check_limits(expansion=expansion)
+    check_choices(
+        bank=(bank, BANKS),
+        mode=(mode, MODES),
+        middle=(middle, MIDDLES),
+        form=(form, FORMS),
+        start=(start, ("random", "fit")),
+    )
+    if not isinstance(donor, nn.Module):
+        check_choices(donor=(donor, ("host",)))
+    found = find(model, layers, is_spatial_conv, "convolution with a kernel above 1x1")
+    roots, shared = {}, {}
+    if bank == "covariance":
+        given = found.values() if donor == "host" else filter(is_spatial_conv, donor.modules())
+        sizes = [conv.kernel_size for conv in found.values()]
+        roots = dict(zip(found, transferred_roots([conv.weight for conv in given], sizes)))
+    if bank == "shared":  # one draw for each kernel size, as large as the largest layer needs
+        for conv in found.values():
+            size = LinearCombinationConv2d.bank_size(conv, expansion, form)
+            shared[conv.kernel_size] = tuple(map(max, size, shared.get(conv.kernel_size, size)))
+
+    def make(name: str, conv: nn.Conv2d) -> nn.Module:
+        stream = "shared {}x{}".format(*conv.kernel_size) if bank == "shared" else name
+        return LinearCombinationConv2d.from_conv(
+            conv, fit=start == "fit", expansion=expansion, bank=bank, frozen=frozen, mode=mode, middle=middle, form=form,
+            seed=derive(seed, "filter bank", stream), combination_seed=derive(seed, "linear combination", name),
+            shared_shape=shared.get(conv.kernel_size), root=roots.get(name),
+        )  # fmt: skip
+
+    new = replace(model, layers, is_spatial_conv, make, "linear_combinations", "convolution with a kernel above 1x1")
+    for name, module in new.named_modules() if fresh else ():
+        if not isinstance(module, LinearCombinationConv2d) and hasattr(module, "reset_parameters"):
+            anew = copy.deepcopy(module).cpu()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(seed, "start anew", name))
+                anew.reset_parameters()
+            module.load_state_dict(anew.state_dict())
+    return new
