@@ -1,0 +1,40 @@
+"""How a run is trained. An objective turns a batch into a loss; the one loop in ``convx.training`` does the rest.
+
+An objective is an ``nn.Module`` that holds everything trained. ``convx/objectives/<name>.py`` has
+``create(model, settings, training, data) -> Objective``.
+"""
+
+from importlib import import_module
+
+import torch
+from torch import nn
+
+
+class Objective(nn.Module):
+    """What the loop needs of an objective.
+
+    ``forward(images, labels, rng, progress) -> (loss, {name: detached tensor})``: uint8 images [B, C, H, W] and integer
+    labels on the device; ``rng`` is the CPU generator of this batch, ``progress`` the share of training done, in [0, 1).
+    The tensors are summed over the epoch and stand in the history divided by the number of images; "correct" is counted.
+    """
+
+    def exported(self) -> nn.Module:
+        """Return the model that is saved and evaluated."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Called after each optimiser step (e.g. an EMA teacher)."""
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, progress: float):
+        raise NotImplementedError
+
+
+def create(model: nn.Module, recipe: dict, data) -> Objective:
+    """Build the objective that a recipe names around a model; ``data`` is the run's ``convx.runs.RunData``."""
+    settings = dict(recipe["objective"])
+    name = settings.pop("name")
+    try:
+        module = import_module(f"convx.objectives.{name}")
+    except ModuleNotFoundError:
+        raise ValueError(f"objective {name!r} is unknown: there is no convx/objectives/{name}.py") from None
+    return module.create(model, settings, recipe["training"], data)

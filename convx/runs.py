@@ -1,0 +1,124 @@
+"""What a run consists of: its device, its data on that device, and its model built from the frozen recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from convx import surgery
+from convx.data import open_set
+from convx.data.batches import Batches, Normalise, to_device
+from convx.manifest import Failure
+from convx.models import create_model
+from convx.seeds import derive
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device for "auto", "cpu" or "cuda"; a missing GPU is a recorded failure."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise Failure("device: the study asks for cuda and torch finds no GPU; set device: cpu or auto")
+    return torch.device(wanted)
+
+
+def set_numerics(training: dict) -> None:
+    """Fix what decides bits besides the seed: thread count, TF32 and deterministic kernels."""
+    torch.set_num_threads(training["threads"])
+    tf32 = training["precision"] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: shape facts, normalisation, and access to its splits."""
+
+    folder: Path
+    meta: dict
+    training: dict
+    device: torch.device
+
+    @classmethod
+    def open(cls, folder: str | Path, recipe: dict, device: torch.device) -> "RunData":
+        return cls(Path(folder), open_set(folder).meta, recipe["training"], device)
+
+    @property
+    def num_classes(self) -> int:
+        return self.meta["num_classes"]
+
+    @property
+    def normalise(self) -> Normalise:
+        return Normalise(self.meta["mean"], self.meta["std"], self.device, self.training["channels_last"])
+
+    def train_batches(self, seed: int) -> Batches:
+        """Return the training batches of one seed, the images on the device."""
+        images, labels = self.split("train")
+        return Batches(images, labels, self.training["batch_size"], self.training["drop_last"], seed)
+
+    def split(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (uint8 images [N, C, H, W], labels [N]) of a split on the device; "validation" may be empty."""
+        data = open_set(self.folder)
+        if name == "validation" and not len(data.validation_indices):
+            empty = torch.zeros(0, self.meta["channels"], 1, 1, dtype=torch.uint8, device=self.device)
+            return empty, torch.zeros(0, dtype=torch.long, device=self.device)
+        images, labels = data.split(name)
+        return to_device(images, self.device), torch.as_tensor(labels, dtype=torch.long, device=self.device)
+
+
+def build_model(recipe: dict, meta: dict, start_weights: str | Path | None = None) -> nn.Module:
+    """Build the model of a run from its recipe, on the CPU.
+
+    A run that starts from another one gets that run's model (with its surgery), then its weights if they are given, then
+    its own surgery. Without ``start_weights`` the structure is right and the run's own weights can be loaded.
+    """
+    if start := recipe["start"]:
+        model = build_model(start["recipe"], meta)
+        if start_weights is not None:
+            load_weights(model, start_weights)
+    else:
+        torch.manual_seed(derive(recipe["seed"], "init"))
+        model = create_model(
+            recipe["model"]["name"],
+            num_classes=meta["num_classes"],
+            in_channels=meta["channels"],
+            image_size=meta["image_size"],
+            **recipe["model"]["settings"],
+        )
+    return surgery.apply(model, recipe["surgery"], recipe["seed"])
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's weights as safetensors, atomically; shared tensors are stored once."""
+    from safetensors.torch import save_model
+
+    from convx.manifest import atomic
+
+    with atomic(path) as temporary:
+        save_model(model, str(temporary))
+
+
+def save_failed(path: str | Path, reason: str) -> None:
+    """Write the placeholder that stands for the weights of a run that failed."""
+    from safetensors.torch import save_file
+
+    from convx.manifest import atomic
+
+    with atomic(path) as temporary:
+        save_file({}, str(temporary), metadata={"convx_failed": reason})
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load weights strictly; the placeholder of a failed run is a recorded failure that carries its reason."""
+    from safetensors import safe_open
+    from safetensors.torch import load_model
+
+    with safe_open(str(path), framework="pt") as file:
+        reason = (file.metadata() or {}).get("convx_failed")
+    if reason is not None:
+        raise Failure(f"the training it needs failed: {reason}")
+    load_model(model, str(path), strict=True)
+    return model

@@ -1,0 +1,326 @@
+"""The training loop, one for all objectives: resume, schedule, EMA, history.
+
+Same seed, device, versions, thread count, precision and memory format give the same bits, also when the run was killed and
+continued: all random draws are keyed by (seed, purpose, epoch, step), and the state of the rest is kept in the progress
+directory. Nothing in a step waits for the device; sums are read once an epoch.
+"""
+
+import csv
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from convx import objectives
+from convx.manifest import Failure, atomic
+from convx.runs import RunData, build_model, pick_device, save_weights, set_numerics
+from convx.seeds import derive
+
+SAVE_SECONDS = float(os.environ.get("CONVX_SAVE_SECONDS", "30"))  # between two states on disk
+VALIDATION_BATCH = 1000
+
+
+def parameter_groups(model: nn.Module, training: dict) -> list[dict]:
+    """Return the optimiser's groups; every parameter that needs a gradient is in exactly one.
+
+    A module's ``param_groups()`` hook comes first (learning-rate factor, weight decay); the others decay, except
+    normalisation parameters and biases where the recipe says so. Shared parameters count once.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    taken: set[int] = set()
+
+    def put(parameter: nn.Parameter, decay: float, factor: float) -> None:
+        if parameter.requires_grad and id(parameter) not in taken:
+            taken.add(id(parameter))
+            groups.setdefault((decay, factor), []).append(parameter)
+
+    decay = training["weight_decay"]
+    for module in model.modules():
+        for group in module.param_groups() if hasattr(module, "param_groups") else []:
+            own = group.get("weight_decay")
+            for parameter in group["params"]:
+                put(parameter, decay if own is None else own, group.get("lr_factor", 1.0))
+    for parameter in model.parameters():
+        small = parameter.ndim <= 1 and not training["decay_norm_and_bias"]
+        put(parameter, 0.0 if small else decay, 1.0)
+    return [{"params": p, "weight_decay": d, "lr_scale": f} for (d, f), p in groups.items()]
+
+
+def make_optimizer(model: nn.Module, training: dict) -> torch.optim.Optimizer:
+    """Build the optimiser through timm's factory, fused where torch has it."""
+    from timm.optim import create_optimizer_v2
+
+    groups = parameter_groups(model, training)
+    if not groups:
+        raise Failure("nothing to train: no parameter needs a gradient")
+    name = training["optimizer"]
+    fused = {"fused": True} if name in ("sgd", "momentum", "nesterov", "adam", "adamw") else {}
+    optimizer = create_optimizer_v2(
+        groups, opt=name, lr=training["lr"], weight_decay=training["weight_decay"], momentum=training["momentum"], **fused
+    )
+    return optimizer
+
+
+def make_scheduler(optimizer, training: dict, steps: int):
+    """Build the schedule through timm's factory, counted in updates."""
+    from timm.scheduler import create_scheduler_v2
+
+    constant = training["schedule"] == "constant"
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="multistep" if constant else training["schedule"],
+        num_epochs=max(1, training["epochs"]),
+        decay_epochs=training["decay_epochs"],
+        decay_milestones=(training["epochs"] + 1,) if constant else (),
+        decay_rate=training["decay_rate"],
+        min_lr=training["min_lr"],
+        warmup_lr=training["warmup_lr"],
+        warmup_epochs=training["warmup_epochs"],
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    scheduler.step_update(0)
+    return scheduler
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, data: RunData, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Return (top-1 in percent, mean cross-entropy) of a model on a split that is on the device."""
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.long, device=data.device)
+    loss = torch.zeros((), dtype=torch.float64, device=data.device)
+    normalise = data.normalise
+    for start in range(0, len(images), VALIDATION_BATCH):
+        logits = model(normalise(images[start : start + VALIDATION_BATCH])).float()
+        target = labels[start : start + VALIDATION_BATCH]
+        correct += (logits.argmax(1) == target).sum()
+        loss += nn.functional.cross_entropy(logits, target, reduction="sum").double()
+    model.train(was_training)
+    return 100 * correct.item() / len(images), loss.item() / len(images)
+
+
+class Progress:
+    """The undeclared directory of one run's progress, owned by one process at a time."""
+
+    def __init__(self, root: str | Path, recipe: dict, source: str, data: str, start_weights: str | Path | None):
+        start = hashlib.sha256(Path(start_weights).read_bytes()).hexdigest() if start_weights else ""
+        self.key = hashlib.sha256("/".join([recipe["digest"], source, data, start]).encode()).hexdigest()[:16]
+        self.folder = Path(root) / self.key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "state.pt"
+        self.checkpoints = self.folder / "checkpoints"
+
+    def __enter__(self):
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held until the process ends or leaves the block
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # An orphan of a killed workflow may still train this run; wait for it instead of writing beside it.
+            print(f"waiting for another process that trains this run ({self.folder})", flush=True)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_):
+        self._lock.close()
+
+    def save(self, state: dict) -> None:
+        with atomic(self.file) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, device: torch.device) -> dict | None:
+        if not self.file.exists():
+            return None
+        return torch.load(self.file, map_location=device, weights_only=True)
+
+    def done(self) -> None:
+        """Remove the progress; the results are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _rng_state(device: torch.device) -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+class Trainer:
+    """One run: model, objective, optimiser, schedule, history. ``fit`` trains it to the end of its recipe."""
+
+    def __init__(self, recipe: dict, data_folder: str | Path, start_weights: str | Path | None = None):
+        self.recipe, self.training = recipe, recipe["training"]
+        set_numerics(self.training)
+        self.device = pick_device(recipe["device"])
+        self.data = RunData.open(data_folder, recipe, self.device)
+        model = build_model(recipe, self.data.meta, start_weights)
+        self.objective = objectives.create(model, recipe, self.data).to(self.device)
+        if self.training["channels_last"]:
+            self.objective.to(memory_format=torch.channels_last)
+        torch.manual_seed(derive(recipe["seed"], "train"))  # dropout and the like
+        self.batches = self.data.train_batches(recipe["seed"])
+        self.validation = self.data.split("validation")
+        self.optimizer = make_optimizer(self.objective, self.training)
+        self.scheduler = make_scheduler(self.optimizer, self.training, self.batches.steps)
+        self.ema = None
+        if self.training["ema"]:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(self.objective.exported(), decay=self.training["ema"])
+        self.step_function = self.objective
+        if self.training["compile"] != "none":
+            self.step_function = torch.compile(self.objective, mode=self.training["compile"])
+        self.after_step = [m.after_step for m in self.objective.modules() if m is not self.objective and hasattr(m, "after_step")]
+        self.auxiliary = [m.auxiliary_loss for m in self.objective.modules() if hasattr(m, "auxiliary_loss")]
+        self.history: list[dict] = []
+        self.epoch = self.step = 0
+        self.seconds = 0.0
+        self.sums: dict[str, torch.Tensor] = {}
+        self._stop = False
+
+    def exported(self) -> nn.Module:
+        """Return the model that is saved: the average where the recipe keeps one."""
+        return self.ema.module if self.ema else self.objective.exported()
+
+    def state(self) -> dict:
+        return {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "rng": _rng_state(self.device),
+            "history": self.history,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        _set_rng_state(state["rng"], self.device)
+        for name in ("history", "epoch", "step", "seconds", "sums"):
+            setattr(self, name, state[name])
+        self.scheduler.step_update(self.epoch * self.batches.steps + self.step)
+
+    def train_step(self, images, labels, rng) -> None:
+        """One update; nothing here waits for the device."""
+        progress = (self.epoch + self.step / self.batches.steps) / self.training["epochs"]
+        bf16 = self.training["precision"] == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            loss, sums = self.step_function(images, labels, rng, progress)
+        for term in self.auxiliary:
+            extra = term(progress)
+            if extra is not None:
+                loss = loss + extra
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.training["clip_grad"]:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.training["clip_grad"])
+        self.optimizer.step()
+        with torch.no_grad():
+            for hook in self.after_step:
+                hook()
+            self.objective.after_step(progress)
+        if self.ema:
+            self.ema.update(self.objective.exported())
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sums["images"] = self.sums.get("images", 0) + len(images)
+
+    def close_epoch(self) -> None:
+        """Add one row to the history; the only place that waits for the device."""
+        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]}
+        images = self.sums.pop("images", 0)
+        for name, value in self.sums.items():
+            mean = float(value) / images
+            row["train_top1" if name == "correct" else f"train_{name}"] = 100 * mean if name == "correct" else mean
+        if images and not torch.isfinite(torch.tensor(row["train_loss"])):
+            raise Failure(f"the training loss is not finite in epoch {self.epoch}")
+        if len(self.validation[0]):
+            row["validation_top1"], row["validation_loss"] = validate(self.exported(), self.data, *self.validation)
+        for name, module in self.objective.named_modules():
+            for key, value in (module.diagnostics() if hasattr(module, "diagnostics") else {}).items():
+                row[f"{name.removeprefix('model.')}.{key}" if name else key] = value
+        row["seconds"] = round(self.seconds, 3)
+        self.history.append(row)
+        self.sums = {}
+
+    def fit(self, progress: Progress) -> None:
+        """Train to the end, from the progress that is there.
+
+        The weights at the recipe's ``checkpoints`` are kept below the progress directory: a declared output would be
+        removed by the workflow when the job is killed.
+        """
+        if state := progress.load(self.device):
+            self.restore(state)
+            print(f"continuing at epoch {self.epoch}, step {self.step}", flush=True)
+        previous = signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            self._fit(progress)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _terminate(self, *_) -> None:
+        self._stop = True
+
+    def _fit(self, progress: Progress) -> None:
+        epochs, steps = self.training["epochs"], self.batches.steps
+        bar = tqdm(total=epochs * steps, initial=self.epoch * steps + self.step, unit="step", mininterval=2, desc=self.recipe["variant"])
+        if not self.history:
+            self.close_epoch()  # epoch 0: before any update
+            self._keep(progress)
+        self.objective.train()
+        clock = saved = time.perf_counter()
+        while self.epoch < epochs:
+            for step, images, labels, rng in self.batches.epoch(self.epoch, self.step):
+                self.train_step(images, labels, rng)
+                self.step = step + 1
+                self.scheduler.step_update(self.epoch * steps + self.step)
+                bar.update()
+                now = time.perf_counter()
+                if self._stop or now - saved > SAVE_SECONDS:
+                    self.seconds += now - clock
+                    progress.save(self.state())
+                    clock = saved = time.perf_counter()
+                    if self._stop:
+                        raise SystemExit(143)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            now = time.perf_counter()
+            self.seconds += now - clock
+            self.epoch, self.step = self.epoch + 1, 0
+            self.close_epoch()
+            bar.set_postfix({k: f"{self.history[-1][k]:.2f}" for k in ("train_loss", "validation_top1") if k in self.history[-1]})
+            self._keep(progress)
+            clock = time.perf_counter()
+        bar.close()
+
+    def _keep(self, progress: Progress) -> None:
+        if self.epoch in self.training["checkpoints"]:
+            save_weights(self.exported(), progress.checkpoints / f"epoch{self.epoch}.safetensors")
+
+
+def write_history(path: str | Path, history: list[dict]) -> None:
+    """Write the history as CSV: one row an epoch, epoch 0 is before any update."""
+    columns = list(dict.fromkeys(key for row in history for key in row)) or ["epoch"]
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
