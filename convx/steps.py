@@ -1,0 +1,145 @@
+"""The steps of a run, one function for each rule of the workflow: what the command line calls."""
+
+import json
+from pathlib import Path
+
+from convx import devices
+from convx.manifest import MetricsFile, environment, failure_reason, read_json, write_json
+
+CORRUPTION_SEED = 0  # of the regenerated sets; the same for every study, so that they can be shared
+
+
+def _settings(text: str) -> dict:
+    return json.loads(text)
+
+
+def data(settings: str, mirrors: str, out: str) -> None:
+    """Prepare a data set as uint8 arrays."""
+    from convx.data import prepare
+
+    prepare(_settings(settings), Path(out).parent, mirrors=mirrors.split(), progress=True)
+
+
+def corrupt(settings: str, data: str, out: str, workers: int) -> None:
+    """Build the corrupted test images of a data set once."""
+    import os
+
+    from convx.data import open_set
+    from convx.data.corruptions import build, open_official
+
+    wanted = _settings(settings)
+    if wanted["protocol"] == "official":
+        open_official(wanted["path"])  # checks shapes and labels
+        write_json(out, {"official": str(Path(wanted["path"]).resolve())})
+        return
+    images, _ = open_set(Path(data).parent).split("test")
+    workers = min(workers, os.cpu_count() or 1)
+    names, severities = wanted["corruptions"], sorted(wanted["severities"])
+    build(images[: wanted["images"]], wanted["protocol"], names, severities, Path(out).parent, CORRUPTION_SEED, workers)
+
+
+def recipe(text: str, out: str) -> None:
+    """Freeze the recipe of a run."""
+    write_json(out, json.loads(text))
+
+
+def study(text: str, out: str) -> None:
+    """Freeze a checked study for its tables and figures."""
+    write_json(out, json.loads(text))
+
+
+def train(recipe_file: str, data: str, start: str | None, source: str, carbon: dict, out: str, progress_root: str) -> None:
+    """Train one run: weights, kept checkpoints, history, metrics."""
+    recipe = read_json(recipe_file)
+    model_file = Path(out)
+    study_folder, variant, seed = model_file.parents[3], model_file.parents[1].name, model_file.parent.name
+    metrics_file = study_folder / "metrics" / variant / seed / "training.json"
+    history_file = study_folder / "histories" / variant / f"{seed}.csv"
+    checkpoints = model_file.parent / "checkpoints"
+    with devices.claim(recipe["device"]):
+        from convx.evaluate.energy import Meter
+        from convx.runs import save_failed, save_weights
+        from convx.training import Progress, Trainer, write_history
+
+        start_weights = _start_weights(recipe, start)
+        data_digest = _data_digest(data)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with MetricsFile(metrics_file, "training", recipe, source_digest=source, data_digest=data_digest) as metrics:
+            trainer = None
+            try:
+                with Progress(progress_root, recipe, source, data_digest, start_weights) as progress:
+                    trainer = Trainer(recipe, Path(data).parent, start_weights)
+                    with Meter(carbon, device=str(trainer.device), scope="process") as meter:
+                        trainer.fit(progress)
+                    save_weights(trainer.exported(), model_file)
+                    write_history(history_file, trainer.history)
+                    for file in progress.checkpoints.glob("*.safetensors"):
+                        file.rename(checkpoints / file.name)
+                    progress.done()
+            except Exception as error:
+                if (reason := failure_reason(error)) is not None:
+                    save_failed(model_file, reason)
+                    write_history(history_file, trainer.history if trainer else [])
+                raise
+            last = trainer.history[-1]
+            facts = {"device": str(trainer.device), "precision": recipe["training"]["precision"]}
+            metrics.environment = environment(channels_last=recipe["training"]["channels_last"], **facts)
+            seconds = last["seconds"]
+            metrics.add("train_seconds", seconds, "s", method="wall clock of the updates")
+            images = len(trainer.batches.images) * recipe["training"]["epochs"]
+            if seconds:
+                metrics.add("train_images_per_second", images / seconds, "images/s", method="wall clock of the updates")
+            for name in ("train_top1", "validation_top1"):
+                if name in last:
+                    metrics.add(f"final_{name}", last[name], "%", split=name.split("_")[0], method="last epoch")
+            metrics.rows += meter.rows("training")
+
+
+def _start_weights(recipe: dict, start: str | None) -> Path | None:
+    """Return the weights a run starts from: the file given, or the kept epoch beside it; a failed start is a failure."""
+    if not recipe["start"]:
+        return None
+    at_epoch = recipe["start"]["at_epoch"]
+    return Path(start).parent / "checkpoints" / f"epoch{at_epoch}.safetensors" if at_epoch is not None else Path(start)
+
+
+def _data_digest(meta_file: str) -> str:
+    return read_json(meta_file)["digest"]
+
+
+def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, settings: str, source: str, out: str) -> None:
+    """Evaluate one run under every condition in one process."""
+    recipe, settings = read_json(recipe_file), _settings(settings)
+    with devices.claim(recipe["device"]):
+        from convx.evaluate.run import evaluate_run
+        from convx.runs import build_model, load_weights, pick_device, set_numerics
+
+        digests = {"source_digest": source, "data_digest": _data_digest(data)}
+        with MetricsFile(out, "evaluation", recipe, **digests) as metrics:
+            set_numerics(recipe["training"])
+            device = pick_device(recipe["device"])
+            meta = read_json(data)
+            network = load_weights(build_model(recipe, meta), model)
+            result = evaluate_run(network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device)
+            metrics.rows += result.rows
+            metrics.per_image = result.per_image
+            metrics.environment = environment(device=str(device))
+
+
+def measure(recipe_file: str, model: str, reference: list[str], data: str, settings: str, source: str, out: str) -> None:
+    """Measure latency, paired with the baseline, and the energy of inference, on a device that the job owns."""
+    recipe, settings = read_json(recipe_file), _settings(settings)
+    with devices.claim(recipe["device"], whole=True):
+        from convx.evaluate.run import measure_run
+        from convx.runs import build_model, load_weights, pick_device, set_numerics
+
+        with MetricsFile(out, "cost", recipe, source_digest=source, data_digest=_data_digest(data)) as metrics:
+            set_numerics(recipe["training"])
+            device = pick_device(recipe["device"])
+            meta = read_json(data)
+            networks = {recipe["variant"]: load_weights(build_model(recipe, meta), model)}
+            if reference:
+                base = read_json(reference[0])
+                networks[base["variant"]] = load_weights(build_model(base, meta), reference[1])
+            metrics.rows += measure_run(networks, recipe, meta, settings, device).rows
+            metrics.environment = environment(device=str(device))
