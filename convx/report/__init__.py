@@ -1,0 +1,1 @@
+"""Tables, figures and the front page of a study, all made from ``results/<study>`` alone."""

@@ -1,0 +1,131 @@
+"""Reading ``results/<study>``: the frozen study, the metrics files as one tidy table, per-image payloads, histories."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from convx import config
+from convx.manifest import read_json
+
+FIRST = ["study", "variant", "seed", "what", "metric", "value", "unit", "n", "split"]
+LAST = ["method", "status", "reason"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One study's results folder."""
+
+    folder: Path
+
+    @cached_property
+    def study(self) -> dict:
+        """Return the frozen study."""
+        file = self.folder / "study.json"
+        if not file.exists():
+            raise config.ConfigError(f"{file}: missing; run the workflow, or unpack a bundle, first")
+        return read_json(file)
+
+    @property
+    def variants(self) -> list[str]:
+        """Return the variants in the study's order."""
+        return list(self.study["variants"])
+
+    def seeds(self, variant: str) -> list[int]:
+        return config.seeds(self.study, variant)
+
+    @cached_property
+    def records(self) -> list[dict]:
+        """Return every metrics file of a run that the study holds, in the study's order."""
+        found = []
+        for variant in self.variants:
+            for seed in self.seeds(variant):
+                for file in sorted((self.folder / "metrics" / variant / f"seed{seed}").glob("*.json")):
+                    found.append(read_json(file))
+        return found
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """Return the tidy table: one row a value, the conditions as columns; a failed step is one row without a value."""
+        rows = []
+        for record in self.records:
+            head = record["run"] | {"what": record["what"], "status": record["status"], "reason": record["reason"]}
+            if record["status"] == "failed":
+                rows.append(head | {"metric": "", "value": np.nan, "unit": "", "split": "", "method": ""})
+            for row in record["rows"]:
+                rows.append(head | {k: v for k, v in row.items() if k != "conditions"} | row["conditions"])
+        frame = pd.DataFrame(rows, columns=None if rows else [*FIRST, *LAST])
+        for column in FIRST:
+            if column not in frame:
+                frame[column] = None
+        conditions = sorted(set(frame.columns) - set(FIRST) - set(LAST))
+        return frame[[*FIRST, *conditions, *LAST]]
+
+    def values(self, variant: str, metric: str, **conditions) -> pd.Series:
+        """Return the values of a metric of one variant, indexed by seed."""
+        frame = self.runs
+        mask = (frame["variant"] == variant) & (frame["metric"] == metric)
+        for key, value in conditions.items():
+            mask &= frame[key] == value if key in frame else False
+        part = frame[mask]
+        return pd.to_numeric(part.set_index("seed")["value"], errors="coerce").dropna().groupby(level=0).mean()
+
+    def method(self, variant: str, metric: str) -> str:
+        """Return how a metric of a variant was measured."""
+        part = self.runs[(self.runs["variant"] == variant) & (self.runs["metric"] == metric)]
+        return str(part["method"].iloc[0]) if len(part) else ""
+
+    def status(self, variant: str) -> tuple[str, str]:
+        """Return ("ok" | "failed" | "incomplete" | "not run", reason) of a variant.
+
+        Complete means that every seed has its training and evaluation.
+        """
+        mine = [r for r in self.records if r["run"]["variant"] == variant]
+        failed = [r for r in mine if r["status"] == "failed"]
+        if failed:
+            return "failed", f"seed {failed[0]['run']['seed']}, {failed[0]['what']}: {failed[0]['reason']}"
+        done = {r["run"]["seed"] for r in mine if r["what"] == "evaluation"}
+        if not done:
+            return "not run", "no evaluation"
+        if missing := [s for s in self.seeds(variant) if s not in done]:
+            return "incomplete", f"{len(done)} of {len(done) + len(missing)} seeds"
+        return "ok", ""
+
+    @cached_property
+    def per_image(self) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+        """Return {variant: {seed: {"correct": bool [N], ...}}}, the payloads decoded."""
+        from convx.evaluate.payload import decode
+
+        found: dict = {}
+        for record in self.records:
+            if record["what"] == "evaluation" and record["per_image"]:
+                run = record["run"]
+                found.setdefault(run["variant"], {})[run["seed"]] = {k: decode(v) for k, v in record["per_image"].items()}
+        return found
+
+    def history(self, variant: str, seed: int) -> pd.DataFrame | None:
+        """Return the history of a run, or None."""
+        file = self.folder / "histories" / variant / f"seed{seed}.csv"
+        return pd.read_csv(file) if file.exists() else None
+
+    @property
+    def claims_study(self) -> dict:
+        """Return the facts of the study that decide which claims are comparable."""
+        study = self.study
+        variants = {}
+        for name in self.variants:
+            training = config.training_settings(study, name)
+            variants[name] = {
+                "seeds": self.seeds(name),
+                "epochs": training["epochs"],
+                "model": config.variant_settings(study, name)["model"]["name"],
+            }
+        return {
+            "name": study["study"],
+            "data": study["data"],
+            "seeds": study["seeds"],
+            "variants": variants,
+            "reduced": study["reduced"],
+        }
