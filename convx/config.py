@@ -91,6 +91,10 @@ def check_schema(value, schema_name: str, where: str) -> None:
         raise ConfigError(f"{prefix}{found!r} is out of range, it must be {limits[error.validator]} {error.validator_value}")
     if error.validator == "uniqueItems":
         raise ConfigError(f"{prefix}{found!r} holds a value twice")
+    if error.validator == "pattern":
+        raise ConfigError(f"{prefix}{found!r} is not valid; it must match {error.validator_value}")
+    if error.validator in ("minItems", "minProperties"):
+        raise ConfigError(f"{prefix}it is empty; it needs at least {error.validator_value}")
     raise ConfigError(f"{prefix}{error.message}")
 
 
