@@ -13,7 +13,9 @@ VERBS = (
     "freeze_spatial",
     "linear_combinations",
     "learnable_spacings",
+    "freeze_spacings",
     "fold",
+    "custom",
 )
 __all__ = [*VERBS, "__version__"]
 

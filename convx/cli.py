@@ -8,87 +8,124 @@ from pathlib import Path
 
 from convx import __version__
 
-WORKFLOW = "steps of the workflow (called by the rules; usable by hand)"
-PEOPLE = "for people"
+USER_VERBS = ("list", "explain", "check", "retry", "pack", "unpack", "data", "bench", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="convx",
-        description="Trains, tests, times and weighs ideas about convolutions side by side, and sets them against their papers. "
-        "Run `snakemake --cores all` for a whole study; these verbs are its steps and a few tools.",
+        description="Trains, tests, times and weighs ideas about convolutions side by side, and sets them against their "
+        "papers. `snakemake --cores all` runs a whole study; these verbs are its steps, and tools for people.",
     )
     parser.add_argument("--version", action="version", version=f"convx {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
 
-    def verb(name: str, text: str, run, **arguments):
-        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        for flag, settings in arguments.items():
-            sub.add_argument(*settings.pop("names", [flag]), **settings)
+    def add(name: str, text: str, run) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(run=run)
         return sub
 
-    study_file = {"names": ["--study"], "default": "config/config.yaml", "metavar": "FILE", "help": "study file (default: config/config.yaml)"}
-    folder = {"names": ["folder"], "metavar": "results/STUDY", "help": "results folder of the study"}
-
-    verb("list", "list variants, models, data sets, surgery verbs, study keys or claims", _list, what={
-        "names": ["what"], "nargs": "?", "default": "variants", "choices": ["variants", "models", "data", "verbs", "keys", "claims"]})
-    verb("explain", "print every number of a variant in a study with its origin", _explain,
-         variant={"names": ["variant"]}, study=dict(study_file))
-    verb("check", "check a study file: one line for the first mistake, nothing otherwise", _check,
-         study={"names": ["study"], "nargs": "+", "metavar": "FILE"})
-    verb("retry", "forget failed runs, so that the next snakemake trains them again", _retry,
-         folder=dict(folder), variant={"names": ["variant"], "nargs": "?", "help": "one variant; all failed ones if left out"})
-    verb("pack", "bundle metrics, histories and optionally weights of a study into one archive", _pack,
-         folder=dict(folder), out={"names": ["--out"], "metavar": "FILE", "help": "archive to write (default: STUDY.convx.tar.gz)"},
-         weights={"names": ["--weights"], "action": "store_true", "help": "include the weights"})
-    verb("unpack", "unpack such an archive below results/, every file checked by its sha256", _unpack,
-         bundle={"names": ["bundle"], "metavar": "FILE"}, results={"names": ["--results"], "default": "results", "metavar": "FOLDER"})
-
-    settings = {"names": ["settings"], "metavar": "JSON", "help": "settings as JSON"}
-    out = {"names": ["--out"], "required": True, "metavar": "FILE"}
-    data = {"names": ["--data"], "required": True, "metavar": "FILE", "help": "meta.json of the prepared data set"}
-    recipe = {"names": ["recipe"], "metavar": "FILE", "help": "frozen recipe of the run"}
-    source = {"names": ["--source"], "default": "", "metavar": "DIGEST", "help": "digest of the source, written into the metrics"}
-    model = {"names": ["--model"], "required": True, "metavar": "FILE", "help": "weights of the run"}
-
-    verb("data", "prepare a data set as uint8 arrays", lambda a: _steps().data(a.settings, a.mirrors, a.out),
-         settings=dict(settings), out=dict(out), mirrors={"names": ["--mirrors"], "default": "", "help": "folders or URLs, by white space"})
-    verb("corrupt", "build the corrupted test images of a data set", lambda a: _steps().corrupt(a.settings, a.data, a.out, a.workers),
-         settings=dict(settings), data=dict(data), out=dict(out), workers={"names": ["--workers"], "type": int, "default": 1})
-    verb("recipe", "freeze the recipe of a run", lambda a: _steps().recipe(a.settings, a.out), settings=dict(settings), out=dict(out))
-    verb("study", "freeze a checked study for its tables", lambda a: _steps().study(a.settings, a.out), settings=dict(settings), out=dict(out))
-    verb("train", "train one run; continues where a killed one stopped", _train,
-         recipe=dict(recipe), data=dict(data), source=dict(source), out=dict(out),
-         start={"names": ["--start"], "nargs": "?", "default": "", "metavar": "FILE", "help": "weights that the run starts from"},
-         carbon={"names": ["--carbon"], "default": "{}", "metavar": "JSON"},
-         progress={"names": ["--progress"], "default": "resources/progress", "metavar": "FOLDER", "help": "where progress is kept until the run ends"})
-    verb("evaluate", "evaluate one run under every condition",
-         lambda a: _steps().evaluate(a.recipe, a.model, a.data, a.corrupted or None, a.settings, a.source, a.out),
-         recipe=dict(recipe), model=dict(model), data=dict(data), source=dict(source), out=dict(out),
-         corrupted={"names": ["--corrupted"], "nargs": "?", "default": "", "metavar": "FILE", "help": "meta.json of the corrupted images"},
-         settings={"names": ["--settings"], "default": "{}", "metavar": "JSON"})
-    verb("measure", "measure latency and inference energy of one run, paired with a reference",
-         lambda a: _steps().measure(a.recipe, a.model, [r for r in a.reference if r], a.data, a.settings, a.source, a.out),
-         recipe=dict(recipe), model=dict(model), data=dict(data), source=dict(source), out=dict(out),
-         reference={"names": ["--reference"], "nargs": "*", "default": [], "metavar": "FILE", "help": "recipe and weights of the baseline"},
-         settings={"names": ["--settings"], "default": "{}", "metavar": "JSON"})
-    verb("tables", "write the tables of a study from its metrics", _tables, folder=dict(folder),
-         partial={"names": ["--partial"], "action": "store_true", "help": "from the metrics that exist, whatever is missing"})
-    verb("figures", "draw the figures of a study from its tables, metrics and histories", _figures, folder=dict(folder))
-    verb("page", "write the front page of a study", _page, folder=dict(folder))
+    _add_tools(add)
+    _add_steps(add)
     return parser
 
 
-def _steps():
-    from convx import steps
-
-    return steps
+def _study_option(sub) -> None:
+    sub.add_argument("--study", default="config/config.yaml", metavar="FILE", help="study file (default: %(default)s)")
 
 
-def _train(a) -> None:
-    _steps().train(a.recipe, a.data, a.start or None, a.source, json.loads(a.carbon), a.out, a.progress)
+def _add_tools(add) -> None:
+    """Add the verbs for people."""
+    sub = add("list", "list variants, models, data sets, surgery verbs, study keys or claims", _list)
+    things = ["variants", "models", "data", "verbs", "keys", "claims"]
+    sub.add_argument("what", nargs="?", default="variants", choices=things)
+
+    sub = add("explain", "print every number of a variant in a study with its origin", _explain)
+    sub.add_argument("variant")
+    _study_option(sub)
+
+    sub = add("check", "check study files: one line for the first mistake in each", _check)
+    sub.add_argument("study", nargs="+", metavar="FILE")
+
+    sub = add("compare", "put your own model or operator beside the controls of a study: one table", _compare)
+    _study_option(sub)
+    sub.add_argument("--model", metavar="FILE.py:FUNCTION", help="function(num_classes, in_channels, image_size) -> model")
+    sub.add_argument("--surgery", metavar="FILE.py:FUNCTION", help="function(model) -> model, applied to the study's host")
+    sub.add_argument("--name", default="mine", help="name of your variant (default: %(default)s)")
+    sub.add_argument("--recipe", metavar="NAME", help="recipe of the study to train with (default: the baseline's)")
+    sub.add_argument("--cores", default="all", help="as for snakemake (default: %(default)s)")
+    sub.add_argument("--dry-run", action="store_true", help="show what would be run")
+
+    sub = add("bench", "images/s against a plain DataLoader loop, paired in one process", _bench)
+    sub.add_argument("variants", nargs="*", help="variants of the study; all if left out")
+    _study_option(sub)
+    sub.add_argument("--turns", type=int, default=8, help="turns of each side (default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=5, help="steps a turn (default: %(default)s)")
+    sub.add_argument("--workers", type=int, default=2, help="loader processes of the plain loop (default: %(default)s)")
+    sub.add_argument("--threads", type=int, help="CPU threads of both sides (default: the recipe's)")
+    sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
+    sub.add_argument("--out", metavar="FILE", help="write the table (Markdown) here as well")
+
+    sub = add("retry", "forget failed runs, so that the next snakemake makes them again", _retry)
+    _folder(sub)
+    sub.add_argument("variant", nargs="?", help="one variant; all failed ones if left out")
+
+    sub = add("pack", "bundle metrics, histories and optionally weights of a study into one archive", _pack)
+    _folder(sub)
+    sub.add_argument("--out", metavar="FILE", help="archive to write (default: STUDY.convx.tar.gz)")
+    sub.add_argument("--weights", action="store_true", help="include the weights")
+
+    sub = add("unpack", "unpack such an archive below results/, every file checked by its sha256", _unpack)
+    sub.add_argument("bundle", metavar="FILE")
+    sub.add_argument("--results", default="results", metavar="FOLDER", help="where to (default: %(default)s)")
+
+
+def _folder(sub) -> None:
+    sub.add_argument("folder", metavar="results/STUDY", help="results folder of a study")
+
+
+def _add_steps(add) -> None:
+    """Add the steps of the workflow, which its rules call."""
+
+    def step(name: str, text: str, run, *parts: str) -> argparse.ArgumentParser:
+        sub = add(name, f"{text} (a step of the workflow)", run)
+        for part in parts:
+            flag, settings = PARTS[part]
+            sub.add_argument(flag, **settings)
+        return sub
+
+    sub = step("data", "prepare a data set as uint8 arrays", _data, "json", "out")
+    sub.add_argument("--mirrors", nargs="*", default=[], help="folders or URLs searched first")
+    sub = step("corrupt", "build the corrupted test images of a data set", _corrupt, "json", "data", "out")
+    sub.add_argument("--workers", type=int, default=1)
+    step("recipe", "freeze the recipe of a run", _freeze, "json", "out")
+    step("study", "freeze a checked study for its tables", _freeze, "json", "out")
+    sub = step("train", "train one run; continues where a killed one stopped", _train, "recipe", "data", "source", "out")
+    sub.add_argument("--start", nargs="?", default="", metavar="FILE", help="weights that the run starts from")
+    sub.add_argument("--carbon", default="{}", metavar="JSON", help="carbon intensity and PUE")
+    sub.add_argument("--progress", default="resources/progress", metavar="FOLDER", help="where progress is kept")
+    run = ("recipe", "model", "data", "settings", "source", "out")
+    sub = step("evaluate", "evaluate one run under every condition", _evaluate, *run)
+    sub.add_argument("--corrupted", nargs="?", default="", metavar="FILE", help="meta.json of the corrupted images")
+    sub = step("measure", "measure latency and energy of one run beside a reference", _measure, *run)
+    sub.add_argument("--reference", nargs="*", default=[], metavar="FILE", help="recipe and weights of the baseline")
+    sub = step("tables", "write the tables of a study from the metrics that exist", _tables)
+    _folder(sub)
+    sub.add_argument("--partial", action="store_true", help="freeze nothing, fail on nothing: for a run that broke off")
+    for name, text, function in (("figures", "draw the figures of a study", _figures), ("page", "write its front page", _page)):
+        _folder(step(name, text, function))
+
+
+PARTS = {
+    "json": ("settings", {"metavar": "JSON", "help": "settings as JSON"}),
+    "settings": ("--settings", {"default": "{}", "metavar": "JSON", "help": "settings as JSON"}),
+    "out": ("--out", {"required": True, "metavar": "FILE"}),
+    "data": ("--data", {"required": True, "metavar": "FILE", "help": "meta.json of the prepared data set"}),
+    "recipe": ("recipe", {"metavar": "FILE", "help": "frozen recipe of the run"}),
+    "model": ("--model", {"required": True, "metavar": "FILE", "help": "weights of the run"}),
+    "source": ("--source", {"default": "", "metavar": "DIGEST", "help": "digest of the source, kept in the metrics"}),
+}
 
 
 def _list(a) -> None:
@@ -111,11 +148,25 @@ def _check(a) -> None:
         print(f"{file}: ok")
 
 
+def _compare(a) -> None:
+    from convx import compare
+
+    print(compare.run(a.study, a.name, a.model, a.surgery, a.recipe, a.cores, a.dry_run), end="")
+
+
+def _bench(a) -> None:
+    from convx import bench
+
+    text = bench.table(bench.run(a.study, a.variants, a.turns, a.steps, a.workers, a.threads, a.data))
+    if a.out:
+        Path(a.out).write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
 def _retry(a) -> None:
     from convx import bundle
 
-    for line in bundle.retry(a.folder, a.variant):
-        print(line)
+    print("\n".join(bundle.retry(a.folder, a.variant)))
 
 
 def _pack(a) -> None:
@@ -130,22 +181,60 @@ def _unpack(a) -> None:
     print(bundle.unpack(a.bundle, a.results))
 
 
+def _data(a) -> None:
+    from convx import steps
+
+    steps.data(json.loads(a.settings), a.mirrors, a.out)
+
+
+def _corrupt(a) -> None:
+    from convx import steps
+
+    steps.corrupt(json.loads(a.settings), a.data, a.out, a.workers)
+
+
+def _freeze(a) -> None:
+    from convx.manifest import write_json
+
+    write_json(a.out, json.loads(a.settings))
+
+
+def _train(a) -> None:
+    from convx import steps
+
+    steps.train(a.recipe, a.data, a.start or None, a.source, json.loads(a.carbon), a.out, a.progress)
+
+
+def _evaluate(a) -> None:
+    from convx import steps
+
+    steps.evaluate(a.recipe, a.model, a.data, a.corrupted or None, json.loads(a.settings), a.source, a.out)
+
+
+def _measure(a) -> None:
+    from convx import steps
+
+    steps.measure(a.recipe, a.model, a.reference, a.data, json.loads(a.settings), a.source, a.out)
+
+
 def _tables(a) -> None:
     from convx.report import tables
 
-    tables.write(Path(a.folder))
+    if a.partial and not (Path(a.folder) / "study.json").exists():
+        return
+    tables.write(a.folder)
 
 
 def _figures(a) -> None:
     from convx.report import figures
 
-    figures.draw(Path(a.folder))
+    figures.draw(a.folder)
 
 
 def _page(a) -> None:
     from convx.report import page
 
-    page.write(Path(a.folder))
+    page.write(a.folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         from convx.config import ConfigError
 
-        if isinstance(error, ConfigError | FileNotFoundError) or a.verb in ("list", "explain", "check", "retry", "pack", "unpack", "data"):
+        if isinstance(error, ConfigError) or a.verb in USER_VERBS:
             print(f"convx: {error}", file=sys.stderr)
             return 2
         raise

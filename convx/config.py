@@ -156,6 +156,8 @@ def check_surgery(steps: list[dict], where: str) -> None:
         for key, value in step.items():
             if key == "verb":
                 continue
+            if verb == "custom" and key == "function":
+                _check_function(value, f"{here}.function")
             if key not in verbs[verb]:
                 raise ConfigError(f"{here}.{key}: {verb} has no argument {key!r}{nearest(key, verbs[verb])}")
             choices = verbs[verb][key]
@@ -170,6 +172,15 @@ def check_surgery(steps: list[dict], where: str) -> None:
                 if (low is not None and number < low) or (high is not None and number > high):
                     bounds = f"{'' if low is None else f'{low} <= '}{key}{'' if high is None else f' <= {high}'}"
                     raise ConfigError(f"{here}.{key}: {value!r} is out of range, it must be {bounds}")
+
+
+def _check_function(value, here: str) -> None:
+    from convx.models import check_user_function
+
+    try:
+        check_user_function(str(value), "function")
+    except ValueError as error:
+        raise ConfigError(f"{here}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------- studies
@@ -195,8 +206,10 @@ def _check_study(study: dict, where: str) -> None:
 
     variants = study["variants"]
     _check_data(study, where)
-    for name in variants:
-        declared(name, f"{where}: variants")
+    for name, entry in variants.items():
+        declared(entry.get("base", name), f"{where}: variants" + (f".{name}.base" if "base" in entry else ""))
+        if "base" in entry and name in declared_variants():
+            raise ConfigError(f"{where}: variants.{name}: it is a declared variant and takes no base; give yours another name")
     if study["baseline"] not in variants:
         raise ConfigError(f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}")
     for name, recipe in study["recipes"].items():
@@ -256,7 +269,8 @@ def _check_start(study: dict, name: str, where: str) -> None:
     chain = [name]
     while (settings := variant_settings(study, chain[-1]))["start_from"]:
         start, here = settings["start_from"], f"{where}: variants.{chain[-1]}"
-        declared(start, f"{here}.start_from")
+        if start not in study["variants"]:
+            declared(start, f"{here}.start_from")
         if start not in study["variants"]:
             raise ConfigError(f"{here}: it starts from {start!r}, which is not a variant of the study; add it to variants")
         if start in chain:
@@ -278,20 +292,26 @@ def _check_start(study: dict, name: str, where: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------- recipes
 
 
+def declaration(study: dict, name: str) -> dict:
+    """Return the declaration of a variant of the study; one of the study's own is that of its ``base``."""
+    return declared(study["variants"].get(name, {}).get("base", name), "variants")
+
+
 def variant_settings(study: dict, name: str) -> dict:
     """Return the declaration of a variant with the study's overrides and the study's host model."""
     entry = study["variants"].get(name, {})
     base = {"recipe": "train", "surgery": [], "start_from": None, "at_epoch": None, "objective": {"name": "supervised"}}
-    merged = base | {"model": study["host"]} | declared(name, "variants") | {k: v for k, v in entry.items() if k != "training"}
+    overrides = {k: v for k, v in entry.items() if k not in ("training", "base")}
+    merged = base | {"model": study["host"]} | declaration(study, name) | overrides
     merged["model"] = {"settings": {}} | merged["model"]
     return copy.deepcopy(merged)
 
 
 def training_settings(study: dict, name: str) -> dict:
     """Return the training numbers of a variant: defaults < the study's recipe < the declaration < the study's override."""
-    entry, declaration = study["variants"][name], declared(name, "variants")
+    entry, own = study["variants"][name], declaration(study, name)
     recipe = study["recipes"].get(variant_settings(study, name)["recipe"], {})
-    return copy.deepcopy(recipe_defaults() | recipe | declaration.get("training", {}) | entry.get("training", {}))
+    return copy.deepcopy(recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {}))
 
 
 def seeds(study: dict, name: str) -> list[int]:
@@ -301,7 +321,7 @@ def seeds(study: dict, name: str) -> list[int]:
 
 def data_key(data: dict) -> str:
     """Return the folder name of a prepared data set: its name and a digest of everything that changes its arrays."""
-    numeric = {k: v for k, v in data.items() if k != "workers"}
+    numeric = {k: v for k, v in data.items() if k not in ("workers", "lossy")}
     return f"{data['name']}-{digest(numeric)[:8]}"
 
 

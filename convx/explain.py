@@ -95,7 +95,7 @@ def explain(study_file: str | Path, name: str) -> str:
         if name in config.declared_variants():
             raise ConfigError(f"{study_file}: variant {name!r} is declared but not in this study; it has {', '.join(known)}")
         raise ConfigError(f"{study_file}: variant {name!r} is unknown{nearest(name, known)}")
-    declaration, settings = config.declared(name, "variants"), config.variant_settings(study, name)
+    declaration, settings = config.declaration(study, name), config.variant_settings(study, name)
     override = study["variants"][name]
     comments = _comments(study_file)
     origins = declaration.get("origin", {})

@@ -69,9 +69,9 @@ class Plan:
         """Return the settings of the corrupted test set as compact JSON."""
         return json.dumps(self.study["evaluate"]["corruption"], separators=(",", ":"))
 
-    def mirrors(self, wildcards=None) -> str:
-        """Return the mirrors of the study, separated by white space."""
-        return " ".join(self.study["mirror"])
+    def mirrors(self, wildcards=None) -> list[str]:
+        """Return the mirrors of the study."""
+        return self.study["mirror"]
 
     def data_source(self, wildcards) -> str:
         return source_digest("data")

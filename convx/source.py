@@ -106,11 +106,13 @@ def _surgery_parts() -> tuple[str, dict[str, tuple[str, frozenset[str]]]]:
 
 def _parts(recipe: dict) -> list[str]:
     """Return the digests of what one recipe names: its model family, objective, verbs, layers, and those of its start."""
-    from convx.models import family
+    from convx.models import family, user_function
 
     shared, verbs = _surgery_parts()
     files, parts = set(), []
-    if name := family(recipe["model"]["name"]):
+    if own := user_function(recipe["model"]["name"]):
+        parts.append(hashlib.sha256(own[0].read_bytes()).hexdigest())
+    elif name := family(recipe["model"]["name"]):
         files |= {f"models/{name}.py"} | _layers_of(f"models/{name}.py")
     objective = f"objectives/{recipe['objective']['name']}.py"
     files |= {objective} | _layers_of(objective)
@@ -118,6 +120,8 @@ def _parts(recipe: dict) -> list[str]:
         function, layers = verbs[step["verb"]]
         parts.append(function)
         files |= layers
+        if step["verb"] == "custom":
+            parts.append(hashlib.sha256(user_function(step["function"])[0].read_bytes()).hexdigest())
     if recipe["surgery"]:
         parts.append(shared)
     if recipe["start"]:

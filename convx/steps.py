@@ -1,6 +1,5 @@
 """The steps of a run, one function for each rule of the workflow: what the command line calls."""
 
-import json
 from pathlib import Path
 
 from convx import devices
@@ -9,25 +8,20 @@ from convx.manifest import MetricsFile, environment, failure_reason, read_json, 
 CORRUPTION_SEED = 0  # of the regenerated sets; the same for every study, so that they can be shared
 
 
-def _settings(text: str) -> dict:
-    return json.loads(text)
-
-
-def data(settings: str, mirrors: str, out: str) -> None:
+def data(settings: dict, mirrors: list[str], out: str) -> None:
     """Prepare a data set as uint8 arrays."""
     from convx.data import prepare
 
-    prepare(_settings(settings), Path(out).parent, mirrors=mirrors.split(), progress=True)
+    prepare(settings, Path(out).parent, mirrors=mirrors, progress=True)
 
 
-def corrupt(settings: str, data: str, out: str, workers: int) -> None:
+def corrupt(wanted: dict, data: str, out: str, workers: int) -> None:
     """Build the corrupted test images of a data set once."""
     import os
 
     from convx.data import open_set
     from convx.data.corruptions import build, open_official
 
-    wanted = _settings(settings)
     if wanted["protocol"] == "official":
         open_official(wanted["path"])  # checks shapes and labels
         write_json(out, {"official": str(Path(wanted["path"]).resolve())})
@@ -36,16 +30,6 @@ def corrupt(settings: str, data: str, out: str, workers: int) -> None:
     workers = min(workers, os.cpu_count() or 1)
     names, severities = wanted["corruptions"], sorted(wanted["severities"])
     build(images[: wanted["images"]], wanted["protocol"], names, severities, Path(out).parent, CORRUPTION_SEED, workers)
-
-
-def recipe(text: str, out: str) -> None:
-    """Freeze the recipe of a run."""
-    write_json(out, json.loads(text))
-
-
-def study(text: str, out: str) -> None:
-    """Freeze a checked study for its tables and figures."""
-    write_json(out, json.loads(text))
 
 
 def train(recipe_file: str, data: str, start: str | None, source: str, carbon: dict, out: str, progress_root: str) -> None:
@@ -107,9 +91,9 @@ def _data_digest(meta_file: str) -> str:
     return read_json(meta_file)["digest"]
 
 
-def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, settings: str, source: str, out: str) -> None:
+def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, settings: dict, source: str, out: str) -> None:
     """Evaluate one run under every condition in one process."""
-    recipe, settings = read_json(recipe_file), _settings(settings)
+    recipe = read_json(recipe_file)
     with devices.claim(recipe["device"]):
         from convx.evaluate.run import evaluate_run
         from convx.runs import build_model, load_weights, pick_device, set_numerics
@@ -126,9 +110,9 @@ def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, set
             metrics.environment = environment(device=str(device))
 
 
-def measure(recipe_file: str, model: str, reference: list[str], data: str, settings: str, source: str, out: str) -> None:
+def measure(recipe_file: str, model: str, reference: list[str], data: str, settings: dict, source: str, out: str) -> None:
     """Measure latency, paired with the baseline, and the energy of inference, on a device that the job owns."""
-    recipe, settings = read_json(recipe_file), _settings(settings)
+    recipe = read_json(recipe_file)
     with devices.claim(recipe["device"], whole=True):
         from convx.evaluate.run import measure_run
         from convx.runs import build_model, load_weights, pick_device, set_numerics

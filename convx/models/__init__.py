@@ -1,5 +1,6 @@
 """Models by name: small backbones that timm lacks, and every timm model as ``timm/<name>``. Importing this needs no torch."""
 
+import ast
 import difflib
 import re
 from functools import lru_cache
@@ -30,6 +31,11 @@ FAMILIES = {
         "convmixer128_8",
         "ConvMixer of width W and depth D; kernel _kN, patch _pN",
     ),
+    "convnext_cifar": (
+        r"convnext_cifar(_k\d+)?",
+        "convnext_cifar",
+        "Two-stage ConvNeXt for 32 px images; kernel _kN",
+    ),
 }
 
 
@@ -51,8 +57,44 @@ def timm_names() -> frozenset[str]:
     )
 
 
+def user_function(name: str) -> tuple[Path, str] | None:
+    """Return (file, function) for a name of the form ``path/to/file.py:function``, else None."""
+    match = re.fullmatch(r"(.+\.py):(\w+)", name)
+    return (Path(match.group(1)), match.group(2)) if match else None
+
+
+def check_user_function(name: str, what: str) -> None:
+    """Raise ``ValueError`` when ``file.py:function`` names no function of an existing file; the file is not run."""
+    if (found := user_function(name)) is None:
+        raise ValueError(f"{what} {name!r} should be file.py:function")
+    file, function = found
+    if not file.is_file():
+        raise ValueError(f"{what} {name!r}: there is no file {file}")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ValueError(f"{what} {name!r}: {file} is not valid Python (line {error.lineno}: {error.msg})") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if function not in functions:
+        raise ValueError(f"{what} {name!r}: {file} defines no {function}, only {', '.join(functions) or 'nothing'}")
+
+
+def load_user_function(name: str):
+    """Run the user's file and return the function."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    file, function = user_function(name)
+    spec = spec_from_file_location(f"convx_user_{file.stem}", file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
 def check_name(name: str) -> None:
     """Raise ``ValueError`` with the nearest valid word when no such model exists."""
+    if user_function(name):
+        check_user_function(name, "model")
+        return
     if family(name) or (name.startswith("timm/") and name[5:].split(".")[0] in timm_names()):
         return
     known = [example for _, example, _ in FAMILIES.values()] + [f"timm/{n}" for n in timm_names()]
@@ -70,9 +112,13 @@ def create_model(
     """Build a model by name.
 
     ``resnet20_16`` and the like come from convx, ``timm/<name>`` from timm (``settings`` go to ``timm.create_model``;
-    ``image_size`` is passed as ``img_size`` where the model takes it, i.e. to transformers).
+    ``image_size`` is passed as ``img_size`` where the model takes it, i.e. to transformers), and ``file.py:function`` from a
+    user's own file: ``function(num_classes, in_channels, image_size, **settings) -> nn.Module``.
     """
     check_name(name)
+    if user_function(name):
+        create = load_user_function(name)
+        return create(num_classes=num_classes, in_channels=in_channels, image_size=image_size, **settings)
     if key := family(name):
         module = import_module(f"convx.models.{key}")
         return module.create(
