@@ -16,6 +16,18 @@ rule study:
         "convx study {params.study:q} --out {output} > {log} 2>&1"
 
 
+rule exact:
+    output:
+        "results/{study}/exact.json",
+    log:
+        "logs/{study}/exact.log",
+    threads: 1
+    params:
+        source=plan.exact_source,
+    shell:
+        "convx exact --out {output} > {log} 2>&1"
+
+
 rule tables:
     input:
         study=f"results/{plan.name}/study.json",
