@@ -110,16 +110,22 @@ def test_garbage_collection_is_off_while_timing_and_comes_back():
 
 
 def test_a_model_against_itself_has_ratio_one_and_a_wider_one_is_slower():
-    model = small()
-    settings = {"batches": [4], "rounds": 60, "seconds": 10}
-    for attempt in range(3):  # 95 % intervals miss now and then; three misses in a row would be 1 in 8,000
-        result = latency.run({"ours": model, "same": model}, (3, 24, 24), settings | {"seed": attempt})
-        low, high = (pick(result.rows, "latency_ratio", statistic=s) for s in ("low", "high"))
-        if low <= 1 <= high:
-            break
-    assert low <= 1 <= high and low > 0.3 and high < 3
-    result = latency.run({"wide": small(256), "base": model}, (3, 24, 24), settings | {"rounds": 20})
-    assert pick(result.rows, "latency_ratio", statistic="low") > 1.5
+    """On a busy machine intervals miss now and then and bursts widen them, so a few tries are allowed."""
+    model, wide = small(), small(256)
+    settings = {"batches": [4], "rounds": 40, "seconds": 5}
+
+    def tries(ours, good):
+        for seed in range(5):
+            models = {"ours": ours, "base": model}
+            rows = latency.run(models, (3, 24, 24), settings | {"seed": seed}).rows
+            ends = [pick(rows, "latency_ratio", statistic=end) for end in ("low", "high")]
+            if good(*ends):
+                return True
+        return False
+
+    assert tries(model, lambda low, high: low <= 1 <= high < 4 * low)
+    assert tries(wide, lambda low, high: low > 1.5)
+    assert not tries(wide, lambda low, high: low <= 1 <= high < 4 * low)
 
 
 def test_latency_rows():
@@ -186,6 +192,13 @@ def test_conditions_that_cannot_be_measured_keep_their_rows(monkeypatch):
     )
     many = [r for r in result.rows if r["conditions"]["threads"] == 64]
     assert len(many) == len(one) and all(r["value"] is None and "has 2 cores" in r["method"] for r in many)
+
+    class Large(nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("tried to allocate 99 GiB")
+
+    result = latency.run({"ours": Large()}, (3, 4, 4), settings | {"threads": [1], "dtypes": ["float32"]})
+    assert all(r["value"] is None and "out of memory" in r["method"] for r in result.rows) and result.rows
 
     class Broken(nn.Module):
         def forward(self, x):
@@ -442,12 +455,17 @@ def test_inference_energy_of_a_real_model():
     where = {"batch": 8, "threads": 1, "dtype": "float32", "device": "cpu", "scope": "machine"}
     kwh = pick(result.rows, "inference_energy", **where)
     assert kwh > 0 and pick(result.rows, "inference_carbon", **where) == pytest.approx(0.3 * kwh)
-    assert all(r.keys() == KEYS and r["n"] % 40 == 0 and r["n"] > 0 for r in result.rows)
+    assert all(r.keys() == KEYS and r["n"] % 8 == 0 and r["n"] > 0 for r in result.rows)
 
 
 def test_the_meter_needs_no_torch():
-    code = "import sys, convx.evaluate.energy as e; e.Meter(); assert not {'torch', 'codecarbon'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    code = (
+        "import sys, convx.evaluate.energy as e; e.Meter(); print({'torch', 'codecarbon'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_samples_are_summarised():

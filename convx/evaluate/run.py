@@ -43,7 +43,10 @@ def evaluate_run(model: nn.Module, recipe: dict, data_folder: Path, corrupted_fo
     if corrupted_folder is not None:
         wanted = settings.get("corruption") or {}
         names = {"corruptions": wanted["corruptions"]} if wanted.get("corruptions") else {}
-        result += corruption.run(model, data, {"split": "test", **names}, open_corrupted_set(corrupted_folder))
+        clean = next(row["value"] for row in result.rows if row["metric"] == "top1")
+        imagenet = {"imagenet": data_set.meta["num_classes"] == 1000, "clean_top1": clean}
+        corrupted = open_corrupted_set(corrupted_folder)
+        result += corruption.run(model, data, {"split": "test", **names, **imagenet}, corrupted)
     if settings.get("attacks"):
         attacked = data.first(settings["attacks"].get("images"))
         result += attacks.run(model, attacked, settings["attacks"] | {"seed": recipe["seed"]})
