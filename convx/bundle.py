@@ -57,7 +57,7 @@ def pack(folder: str | Path, out: str | Path | None = None, weights: bool = Fals
     The same content gives the same bytes. Returns one line for the user.
     """
     folder = _study_folder(folder)
-    wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "tables/*"]
+    wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "exact.json", "tables/*"]
     if weights:
         wanted.append("runs/**/*.safetensors")
     files = sorted({file for pattern in wanted for file in folder.glob(pattern) if file.is_file()})

@@ -110,6 +110,7 @@ def _add_steps(add) -> None:
     sub.add_argument("--corrupted", nargs="?", default="", metavar="FILE", help="meta.json of the corrupted images")
     sub = step("measure", "measure latency and energy of one run beside a reference", _measure, *run)
     sub.add_argument("--reference", nargs="*", default=[], metavar="FILE", help="recipe and weights of the baseline")
+    step("exact", "run the checks of exact claims", _exact, "out")
     sub = step("tables", "write the tables of a study from the metrics that exist", _tables)
     _folder(sub)
     sub.add_argument("--partial", action="store_true", help="freeze nothing, fail on nothing: for a run that broke off")
@@ -215,6 +216,13 @@ def _measure(a) -> None:
     from convx import steps
 
     steps.measure(a.recipe, a.model, a.reference, a.data, json.loads(a.settings), a.source, a.out)
+
+
+def _exact(a) -> None:
+    from convx import claims
+    from convx.manifest import write_json
+
+    write_json(a.out, claims.run_exact(claims.load_ledgers()))
 
 
 def _tables(a) -> None:

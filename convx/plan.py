@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convx import config, devices
 from convx.config import ConfigError
-from convx.source import source_digest
+from convx.source import ledger_digest, source_digest
 
 METRICS = ("training", "evaluation")  # of every run; "cost" is of a variant's first seed
 
@@ -107,7 +107,10 @@ class Plan:
         return self.recipe(*self._run(wildcards))["training"]["threads"]
 
     def report_source(self, wildcards) -> str:
-        return source_digest("report")
+        return source_digest("report") + ledger_digest()
+
+    def exact_source(self, wildcards) -> str:
+        return source_digest("exact") + ledger_digest()
 
     def gpu(self, wildcards) -> int:
         """Return the GPU slots that a job of this study takes on this machine."""
@@ -155,7 +158,7 @@ class Plan:
         files = [f"{root}/{v}/seed{s}/{what}.json" for v, s in self.runs for what in METRICS]
         if self.measures_cost:
             files += [f"{root}/{v}/seed{config.seeds(self.study, v)[0]}/cost.json" for v in self.study["variants"]]
-        return files
+        return [*files, f"results/{self.name}/exact.json"]
 
     def table_inputs(self, workflow):
         """Return the input function of the tables.

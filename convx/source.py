@@ -18,14 +18,15 @@ PACKAGE = Path(__file__).resolve().parent
 CORE = {
     "train": ["training.py", "seeds.py", "runs.py", "data/batches.py", "models/__init__.py", "objectives/__init__.py"],
     "evaluate": [
-        *(f"evaluate/{name}.py" for name in ("__init__", "run", "accuracy", "corruption", "attacks", "cost")),
+        *(f"evaluate/{name}.py" for name in ("__init__", "run", "payload", "accuracy", "corruption", "attacks", "cost")),
         "runs.py",
         "models/__init__.py",
     ],
     "measure": [*(f"evaluate/{name}.py" for name in ("__init__", "run", "latency", "energy")), "runs.py", "models/__init__.py"],
     "data": [f"data/{name}.py" for name in ("prepare", "readers", "sets", "splits", "pixels", "folder")],
     "corrupt": ["data/corruptions"],
-    "report": ["report", "claims.py", "ledger.py", "statistics.py", "intervals.py", "resampling.py"],
+    "report": ["report", *(f"{name}.py" for name in ("claims", "ledger", "evidence", "verdicts", "statistics", "intervals", "resampling"))],
+    "exact": ["claims.py", "papers", "layers", "models", "surgery.py"],
 }
 
 
@@ -51,7 +52,7 @@ def _tree(relative: str) -> ast.Module:
 def _file_digest(relative: str) -> str:
     path = PACKAGE / relative
     if path.is_dir():
-        parts = [_file_digest(f"{relative}/{p.name}") for p in sorted(path.glob("*.py"))]
+        parts = [_file_digest(p.relative_to(PACKAGE).as_posix()) for p in sorted(path.rglob("*.py"))]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     return hashlib.sha256(ast.dump(_tree(relative)).encode()).hexdigest()
 
@@ -127,6 +128,13 @@ def _parts(recipe: dict) -> list[str]:
     if recipe["start"]:
         parts += _parts(recipe["start"]["recipe"])
     return [*parts, *(_file_digest(file) for file in sorted(files))]
+
+
+@lru_cache
+def ledger_digest() -> str:
+    """Return the digest of the claims' ledgers."""
+    files = sorted((PACKAGE / "papers").glob("*/claims.yaml"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def source_digest(verb: str, recipe: dict | None = None) -> str:
