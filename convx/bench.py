@@ -25,7 +25,18 @@ from convx.seeds import generator
 from convx.statistics import ratio_of_medians_interval
 from convx.training import Trainer
 
-HEADER = ["variant", "what", "batch", "convx images/s", "plain loop images/s", "ratio", "95 % interval", "device", "threads", "precision"]
+HEADER = [
+    "variant",
+    "what",
+    "batch",
+    "convx images/s",
+    "plain loop images/s",
+    "ratio",
+    "95 % interval",
+    "device",
+    "threads",
+    "precision",
+]
 
 
 class PillowImages(Dataset):
@@ -85,7 +96,14 @@ def _plain_training(recipe: dict, data_folder: Path, device: torch.device, worke
     criterion = nn.CrossEntropyLoss(label_smoothing=training["label_smoothing"])
     images, labels = data.split("train")
     dataset = PillowImages(images, labels, data.meta, training, train=True)
-    loader = DataLoader(dataset, training["batch_size"], shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True)
+    loader = DataLoader(
+        dataset,
+        training["batch_size"],
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        drop_last=True,
+    )
     batches = _forever(loader)
     model.train()
 
@@ -183,7 +201,15 @@ def interleave(ours: Side, plain: Side, turns: int, steps: int) -> tuple[np.ndar
     return np.array(rates["ours"]), np.array(rates["plain"])
 
 
-def run(study_file: str, variants: list[str], turns: int, steps: int, workers: int, threads: int | None, data_root: str) -> list[dict]:
+def run(
+    study_file: str,
+    variants: list[str],
+    turns: int,
+    steps: int,
+    workers: int,
+    threads: int | None,
+    data_root: str,
+) -> list[dict]:
     """Measure training and inference of variants of a study; returns one row each.
 
     ``threads`` overrides the recipe's thread count on both sides alike (None keeps it).
@@ -195,14 +221,20 @@ def run(study_file: str, variants: list[str], turns: int, steps: int, workers: i
     rows = []
     for name in variants or list(study["variants"]):
         if name not in study["variants"]:
-            raise config.ConfigError(f"{study_file}: variant {name!r} is not in the study{config.nearest(name, study['variants'])}")
+            raise config.ConfigError(
+                f"{study_file}: variant {name!r} is not in the study{config.nearest(name, study['variants'])}"
+            )
         recipe = config.resolve(study, name, config.seeds(study, name)[0])
         recipe["training"] |= {"threads": threads or recipe["training"]["threads"], "epochs": 10_000}
         ours = _our_training(recipe, folder)
         device, batch = ours.device, recipe["training"]["batch_size"]
         pairs = {"training": (ours, _plain_training(recipe, folder, device, workers), batch)}
         wide = study["evaluate"]["batch_size"]
-        pairs["inference"] = (_our_inference(recipe, folder, device, wide), _plain_inference(recipe, folder, device, workers, wide), wide)
+        pairs["inference"] = (
+            _our_inference(recipe, folder, device, wide),
+            _plain_inference(recipe, folder, device, workers, wide),
+            wide,
+        )
         for what, (our_side, plain_side, size) in pairs.items():
             fast, slow = interleave(our_side, plain_side, turns, steps)
             ratio = ratio_of_medians_interval(fast, slow)

@@ -89,10 +89,7 @@ def evaluate(
     frame = pd.DataFrame(rows, columns=COLUMNS)
     numeric = [*NUMBERS, "paper_value", "paper_spread", "paper_n", "margin"]
     frame[numeric] = frame[numeric].astype(float).replace([np.inf, -np.inf], np.nan)
-    assert (
-        frame["verdict"].isin(VERDICTS).all()
-        and (frame["verdict"].isin(DECIDED) | (frame["reason"] != "")).all()
-    )
+    assert frame["verdict"].isin(VERDICTS).all() and (frame["verdict"].isin(DECIDED) | (frame["reason"] != "")).all()
     return frame
 
 
@@ -189,11 +186,7 @@ def _difference(claim: dict, table: Table) -> dict:
     together = claim["pairing"] == "by_design" and list(a.index) == list(b.index)
     contrast = statistics.paired(a, b) if together else statistics.welch(a, b)
     shares = [table.shares(claim, claim[key], v) for key, v in (("variant", a), ("reference", b))]
-    if (
-        min(len(a), len(b)) > 1
-        and all(s is not None for s in shares)
-        and shares[0].shape[1] == shares[1].shape[1]
-    ):
+    if min(len(a), len(b)) > 1 and all(s is not None for s in shares) and shares[0].shape[1] == shares[1].shape[1]:
         contrast = two_level(contrast, *shares, together)
     row = _described(claim, table, a, b) | {"contrast": contrast}
     better = statistics.probability_of_improvement(a.to_numpy(), b.to_numpy(), resamples=200).estimate
@@ -256,9 +249,7 @@ def _with_start(claim: dict, table: Table, variant: str) -> pd.Series:
         return values
     start = _with_start(claim, table, facts["start_from"])
     if missing := [seed for seed in values.index if seed not in start.index]:
-        raise Stop(
-            "incomplete", f"{facts['start_from']}, which {variant} starts from, lacks seed {missing[0]}"
-        )
+        raise Stop("incomplete", f"{facts['start_from']}, which {variant} starts from, lacks seed {missing[0]}")
     return values + facts.get("start_share", 1.0) * start[values.index]
 
 

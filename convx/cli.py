@@ -50,8 +50,12 @@ def _add_tools(add) -> None:
 
     sub = add("compare", "put your own model or operator beside the controls of a study: one table", _compare)
     _study_option(sub)
-    sub.add_argument("--model", metavar="FILE.py:FUNCTION", help="function(num_classes, in_channels, image_size) -> model")
-    sub.add_argument("--surgery", metavar="FILE.py:FUNCTION", help="function(model) -> model, applied to the study's host")
+    sub.add_argument(
+        "--model", metavar="FILE.py:FUNCTION", help="function(num_classes, in_channels, image_size) -> model"
+    )
+    sub.add_argument(
+        "--surgery", metavar="FILE.py:FUNCTION", help="function(model) -> model, applied to the study's host"
+    )
     sub.add_argument("--name", default="mine", help="name of your variant (default: %(default)s)")
     sub.add_argument("--recipe", metavar="NAME", help="recipe of the study to train with (default: the baseline's)")
     sub.add_argument("--cores", default="all", help="as for snakemake (default: %(default)s)")
@@ -101,7 +105,15 @@ def _add_steps(add) -> None:
     sub.add_argument("--workers", type=int, default=1)
     step("recipe", "freeze the recipe of a run", _freeze, "json", "out")
     step("study", "freeze a checked study for its tables", _freeze, "json", "out")
-    sub = step("train", "train one run; continues where a killed one stopped", _train, "recipe", "data", "source", "out")
+    sub = step(
+        "train",
+        "train one run; continues where a killed one stopped",
+        _train,
+        "recipe",
+        "data",
+        "source",
+        "out",
+    )
     sub.add_argument("--start", nargs="?", default="", metavar="FILE", help="weights that the run starts from")
     sub.add_argument("--carbon", default="{}", metavar="JSON", help="carbon intensity and PUE")
     sub.add_argument("--progress", default="resources/progress", metavar="FOLDER", help="where progress is kept")
@@ -114,7 +126,10 @@ def _add_steps(add) -> None:
     sub = step("tables", "write the tables of a study from the metrics that exist", _tables)
     _folder(sub)
     sub.add_argument("--partial", action="store_true", help="freeze nothing, fail on nothing: for a run that broke off")
-    for name, text, function in (("figures", "draw the figures of a study", _figures), ("page", "write its front page", _page)):
+    for name, text, function in (
+        ("figures", "draw the figures of a study", _figures),
+        ("page", "write its front page", _page),
+    ):
         _folder(step(name, text, function))
 
 
@@ -125,7 +140,10 @@ PARTS = {
     "data": ("--data", {"required": True, "metavar": "FILE", "help": "meta.json of the prepared data set"}),
     "recipe": ("recipe", {"metavar": "FILE", "help": "frozen recipe of the run"}),
     "model": ("--model", {"required": True, "metavar": "FILE", "help": "weights of the run"}),
-    "source": ("--source", {"default": "", "metavar": "DIGEST", "help": "digest of the source, kept in the metrics"}),
+    "source": (
+        "--source",
+        {"default": "", "metavar": "DIGEST", "help": "digest of the source, kept in the metrics"},
+    ),
 }
 
 

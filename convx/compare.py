@@ -43,7 +43,15 @@ def _absolute(function: str) -> str:
     return f"{Path(file).resolve()}:{name}" if file else function
 
 
-def run(study_file: str, name: str, model: str | None, surgery: str | None, recipe: str | None, cores: str, dry_run: bool) -> str:
+def run(
+    study_file: str,
+    name: str,
+    model: str | None,
+    surgery: str | None,
+    recipe: str | None,
+    cores: str,
+    dry_run: bool,
+) -> str:
     """Run the comparison through the workflow of this folder and return its table (or the plan, for a dry run)."""
     if not Path("Snakefile").exists():
         raise ConfigError("no Snakefile here; run `convx compare` in the folder of the convx checkout")

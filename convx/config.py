@@ -88,7 +88,9 @@ def check_schema(value, schema_name: str, where: str) -> None:
         raise ConfigError(f"{prefix}{found!r} should be of type {' or '.join(types)}")
     limits = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     if error.validator in limits:
-        raise ConfigError(f"{prefix}{found!r} is out of range, it must be {limits[error.validator]} {error.validator_value}")
+        raise ConfigError(
+            f"{prefix}{found!r} is out of range, it must be {limits[error.validator]} {error.validator_value}"
+        )
     if error.validator == "uniqueItems":
         raise ConfigError(f"{prefix}{found!r} holds a value twice")
     if error.validator == "pattern":
@@ -209,16 +211,22 @@ def _check_study(study: dict, where: str) -> None:
     for name, entry in variants.items():
         declared(entry.get("base", name), f"{where}: variants" + (f".{name}.base" if "base" in entry else ""))
         if "base" in entry and name in declared_variants():
-            raise ConfigError(f"{where}: variants.{name}: it is a declared variant and takes no base; give yours another name")
+            raise ConfigError(
+                f"{where}: variants.{name}: it is a declared variant and takes no base; give yours another name"
+            )
     if study["baseline"] not in variants:
-        raise ConfigError(f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}")
+        raise ConfigError(
+            f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}"
+        )
     for name, recipe in study["recipes"].items():
         _check_recipe(recipe, f"{where}: recipes.{name}")
     for name, entry in variants.items():
         here = f"{where}: variants.{name}"
         merged = variant_settings(study, name)
         if merged["recipe"] not in study["recipes"]:
-            raise ConfigError(f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}")
+            raise ConfigError(
+                f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}"
+            )
         _check_recipe(entry.get("training", {}), f"{here}.training")
         check_surgery(merged["surgery"], f"{here}.surgery")
         try:
@@ -233,7 +241,9 @@ def _check_recipe(recipe: dict, here: str) -> None:
     from convx.source import optimizer_names
 
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
-        raise ConfigError(f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}")
+        raise ConfigError(
+            f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}"
+        )
 
 
 def _check_data(study: dict, where: str) -> None:
@@ -244,7 +254,9 @@ def _check_data(study: dict, where: str) -> None:
     if data["name"] not in SETS:
         raise ConfigError(f"{where}: data.name: data set {data['name']!r} is unknown{nearest(data['name'], SETS)}")
     if (data["name"] == "folder") != bool(data["path"]):
-        wrong = "is missing (the root of the image folder)" if data["name"] == "folder" else "is for data.name: folder only"
+        wrong = (
+            "is missing (the root of the image folder)" if data["name"] == "folder" else "is for data.name: folder only"
+        )
         raise ConfigError(f"{where}: data.path {wrong}")
     if not corruption:
         return
@@ -261,7 +273,9 @@ def _check_data(study: dict, where: str) -> None:
     known = PROTOCOLS[corruption["protocol"]].corruptions
     for name in corruption["corruptions"] or []:
         if name not in known:
-            raise ConfigError(f"{where}: evaluate.corruption.corruptions: {name!r} is not in {corruption['protocol']}{nearest(name, known)}")
+            raise ConfigError(
+                f"{where}: evaluate.corruption.corruptions: {name!r} is not in {corruption['protocol']}{nearest(name, known)}"
+            )
 
 
 def _check_start(study: dict, name: str, where: str) -> None:
@@ -272,7 +286,9 @@ def _check_start(study: dict, name: str, where: str) -> None:
         if start not in study["variants"]:
             declared(start, f"{here}.start_from")
         if start not in study["variants"]:
-            raise ConfigError(f"{here}: it starts from {start!r}, which is not a variant of the study; add it to variants")
+            raise ConfigError(
+                f"{here}: it starts from {start!r}, which is not a variant of the study; add it to variants"
+            )
         if start in chain:
             raise ConfigError(f"{here}: start_from is a cycle: {' -> '.join([*chain, start])}")
         missing = sorted(set(seeds(study, chain[-1])) - set(seeds(study, start)))
@@ -300,7 +316,13 @@ def declaration(study: dict, name: str) -> dict:
 def variant_settings(study: dict, name: str) -> dict:
     """Return the declaration of a variant with the study's overrides and the study's host model."""
     entry = study["variants"].get(name, {})
-    base = {"recipe": "train", "surgery": [], "start_from": None, "at_epoch": None, "objective": {"name": "supervised"}}
+    base = {
+        "recipe": "train",
+        "surgery": [],
+        "start_from": None,
+        "at_epoch": None,
+        "objective": {"name": "supervised"},
+    }
     overrides = {k: v for k, v in entry.items() if k not in ("training", "base")}
     merged = base | {"model": study["host"]} | declaration(study, name) | overrides
     merged["model"] = {"settings": {}} | merged["model"]

@@ -44,7 +44,9 @@ def slots_per_gpu() -> int:
     """Return the number of jobs that may share one GPU."""
     text = os.environ.get("CONVX_GPU_SLOTS", "1")
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"CONVX_GPU_SLOTS={text!r}: the number of jobs that share a GPU is a whole number of at least 1")
+        raise ValueError(
+            f"CONVX_GPU_SLOTS={text!r}: the number of jobs that share a GPU is a whole number of at least 1"
+        )
     return int(text)
 
 

@@ -38,8 +38,7 @@ def study_facts(study: dict) -> dict:
             "seeds": config.seeds(study, name),
             "model": settings["model"]["name"],
             "start_from": start,
-            "start_share": start
-            and _share(settings["at_epoch"], config.training_settings(study, start)["epochs"]),
+            "start_share": start and _share(settings["at_epoch"], config.training_settings(study, start)["epochs"]),
         }
     return facts
 
@@ -81,9 +80,7 @@ class Table:
         found = pd.to_numeric(frame["value"], errors="coerce")
         values = pd.Series(found.to_numpy(), index=frame["seed"].to_numpy()).dropna().sort_index()
         if values.index.has_duplicates:
-            raise Stop(
-                "not run", f"{variant} has several rows of {metric} a seed; the claim does not say which"
-            )
+            raise Stop("not run", f"{variant} has several rows of {metric} a seed; the claim does not say which")
         wanted = list(self.study["variants"][variant].get("seeds") or self.study["seeds"])
         wanted = wanted[:1] if metric in ONCE else wanted
         missing = [seed for seed in wanted if seed not in values.index]
@@ -160,11 +157,7 @@ def differences(claim: dict, study: dict) -> list[str]:
         elif not same(facts[key], value):
             found.append(f"{key.replace('_', ' ')}: {facts[key]} (paper: {value})")
     if study.get("reduced") and claim["kind"] != "cost":
-        text = (
-            study["reduced"]
-            if isinstance(study["reduced"], str)
-            else study.get("reduced_text", "see the study")
-        )
+        text = study["reduced"] if isinstance(study["reduced"], str) else study.get("reduced_text", "see the study")
         found.append(f"reduced study: {text}")
     if data.get("lossy"):
         found.append("the images are a lossy copy")

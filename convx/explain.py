@@ -24,7 +24,10 @@ def listing(what: str) -> str:
         from convx.models import FAMILIES, timm_names
 
         rows = [[example, pattern, text] for pattern, example, text in FAMILIES.values()]
-        return table(["example", "pattern", "what it is"], rows) + f"\n\nand timm's {len(timm_names())} models as timm/<name>"
+        return (
+            table(["example", "pattern", "what it is"], rows)
+            + f"\n\nand timm's {len(timm_names())} models as timm/<name>"
+        )
     if what == "data":
         from convx.data import describe_sets
 
@@ -93,7 +96,9 @@ def explain(study_file: str | Path, name: str) -> str:
     if name not in study["variants"]:
         known = study["variants"]
         if name in config.declared_variants():
-            raise ConfigError(f"{study_file}: variant {name!r} is declared but not in this study; it has {', '.join(known)}")
+            raise ConfigError(
+                f"{study_file}: variant {name!r} is declared but not in this study; it has {', '.join(known)}"
+            )
         raise ConfigError(f"{study_file}: variant {name!r} is unknown{nearest(name, known)}")
     declaration, settings = config.declaration(study, name), config.variant_settings(study, name)
     override = study["variants"][name]
@@ -112,15 +117,27 @@ def explain(study_file: str | Path, name: str) -> str:
         return f"convx/papers/{declaration['paper']}/variants.yaml"
 
     host = "model" not in declaration and "model" not in override
-    row("model.name", settings["model"]["name"], f"host of {study_file}" if host else declared_origin("model.name"))
+    row(
+        "model.name",
+        settings["model"]["name"],
+        f"host of {study_file}" if host else declared_origin("model.name"),
+    )
     for key, value in settings["model"]["settings"].items():
-        row(f"model.settings.{key}", value, f"host of {study_file}" if host else declared_origin(f"model.settings.{key}"))
+        row(
+            f"model.settings.{key}",
+            value,
+            f"host of {study_file}" if host else declared_origin(f"model.settings.{key}"),
+        )
     for place, step in enumerate(settings["surgery"]):
         for key, value in step.items():
             origin = f"own choice: {study_file}" if "surgery" in override else declared_origin(f"surgery.{place}.{key}")
             row(f"surgery.{place}.{key}", value, origin)
     for key, value in settings["objective"].items():
-        row(f"objective.{key}", value, declared_origin(f"objective.{key}") if "objective" in declaration else "convx default")
+        row(
+            f"objective.{key}",
+            value,
+            declared_origin(f"objective.{key}") if "objective" in declaration else "convx default",
+        )
     for key in ("start_from", "at_epoch"):
         if settings[key] is not None:
             row(key, settings[key], f"own choice: {study_file}" if key in override else declared_origin(key))
@@ -136,7 +153,11 @@ def explain(study_file: str | Path, name: str) -> str:
         else:
             origin = "convx default"
         row(f"training.{key}", value, origin)
-    row("seeds", config.seeds(study, name), f"{study_file}: " + (f"variants.{name}.seeds" if "seeds" in override else "seeds"))
+    row(
+        "seeds",
+        config.seeds(study, name),
+        f"{study_file}: " + (f"variants.{name}.seeds" if "seeds" in override else "seeds"),
+    )
     head = f"{name} ({declaration['paper']}): {declaration['description']}\n\n"
     return head + table(["value", "is", "origin"], rows)
 

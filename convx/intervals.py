@@ -111,9 +111,7 @@ class _SingleRun(Contrast):
     def tail(self, value: float, above: bool) -> float:
         null = min(1.0, max(0.0, (self.paper_value + value) / self.scale))
         distance = self.successes / self.images - null
-        return _upper_tail(
-            distance if above else -distance, math.sqrt(null * (1 - null) / self.images), math.inf
-        )
+        return _upper_tail(distance if above else -distance, math.sqrt(null * (1 - null) / self.images), math.inf)
 
 
 def one_sample(values: Sequence[float], constant: float = 0.0) -> Contrast:
@@ -127,9 +125,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Contrast:
     """Contrast mean(a - b) of values paired by design (same starting checkpoint or data order)."""
     x, y = _sample(a, "a"), _sample(b, "b")
     if x.size != y.size:
-        raise ValueError(
-            f"paired values must match one to one; got {x.size} and {y.size} (unpaired runs: use welch)"
-        )
+        raise ValueError(f"paired values must match one to one; got {x.size} and {y.size} (unpaired runs: use welch)")
     return replace(one_sample(x - y), method=f"paired t, n={x.size} pairs")
 
 
@@ -142,9 +138,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Contrast:
 def from_summaries(mean1: float, sd1: float, n1: int, mean2: float, sd2: float, n2: int) -> Contrast:
     """Welch contrast mean1 - mean2 from sample sds; for printed standard errors give ``se * sqrt(n)``."""
     if min(n1, n2) < 1 or not (sd1 >= 0 and sd2 >= 0 and math.isfinite(mean1) and math.isfinite(mean2)):
-        raise ValueError(
-            f"summaries need finite means, sd >= 0 and n >= 1; got {(mean1, sd1, n1, mean2, sd2, n2)}"
-        )
+        raise ValueError(f"summaries need finite means, sd >= 0 and n >= 1; got {(mean1, sd1, n1, mean2, sd2, n2)}")
     part1, part2 = (sd**2 / n if n > 1 else math.inf for sd, n in ((sd1, n1), (sd2, n2)))
     method = f"Welch t, n={n1} and {n2}"
     return _combined(mean1 - mean2, [(part1, n1 - 1), (part2, n2 - 1)], n1 + n2, method)
@@ -182,9 +176,7 @@ def compare_to_paper(
         if test_images < 1:
             raise ValueError(f"test_images must be at least 1, got {test_images}")
         if not (0 <= paper_value <= scale and np.all((x >= 0) & (x <= scale))):
-            raise ValueError(
-                f"test_images is for accuracies between 0 and {scale:g}; leave it out for other metrics"
-            )
+            raise ValueError(f"test_images is for accuracies between 0 and {scale:g}; leave it out for other metrics")
     if x.size == 1:
         if test_images is None:
             return Contrast(delta, math.inf, 1.0, 1, "n=1 and test-set size unknown: no interval")
@@ -259,9 +251,7 @@ def latency_median_interval(samples: Sequence[float], level: float = 0.95) -> In
     x = _sample(samples, "samples")
     bounds = stats.quantile_test(x, p=0.5).confidence_interval(_level(level))
     if not (math.isfinite(bounds.low) and math.isfinite(bounds.high)):
-        raise ValueError(
-            f"{x.size} samples are too few for a {level:.0%} interval of the median; take more (95 %: 6)"
-        )
+        raise ValueError(f"{x.size} samples are too few for a {level:.0%} interval of the median; take more (95 %: 6)")
     method = f"order statistics of the median, n={x.size}"
     return Interval(float(np.median(x)), float(bounds.low), float(bounds.high), level, x.size, method)
 

@@ -29,11 +29,7 @@ def load_ledgers(keys: list[str] | None = None, folder: Path = PAPERS) -> list[d
     for key in keys or []:
         if key not in known:
             raise ConfigError(f"paper {key!r} has no ledger{nearest(key, known)}")
-    claims = [
-        claim
-        for key in (keys if keys is not None else known)
-        for claim in _load(folder / key / "claims.yaml")
-    ]
+    claims = [claim for key in (keys if keys is not None else known) for claim in _load(folder / key / "claims.yaml")]
     _unique(claims)
     return claims
 
@@ -47,17 +43,11 @@ def _load(file: Path) -> list[dict]:
     if not isinstance(entries, list):
         raise ConfigError(f"{where}: a ledger is a list of claims, this is {type(entries).__name__}")
     for place, entry in enumerate(entries):
-        here = (
-            f"{where}: {entry['id'] if isinstance(entry, dict) and 'id' in entry else f'claim {place + 1}'}"
-        )
+        here = f"{where}: {entry['id'] if isinstance(entry, dict) and 'id' in entry else f'claim {place + 1}'}"
         # Checked one by one, so that the line names the claim and not its place in the list.
         check_schema([entry], "claims", here)
-    defaults = {
-        k: sub["default"] for k, sub in schema("claims")["items"]["properties"].items() if "default" in sub
-    }
-    claims = [
-        {"paper": file.parent.name} | copy.deepcopy(defaults) | copy.deepcopy(entry) for entry in entries
-    ]
+    defaults = {k: sub["default"] for k, sub in schema("claims")["items"]["properties"].items() if "default" in sub}
+    claims = [{"paper": file.parent.name} | copy.deepcopy(defaults) | copy.deepcopy(entry) for entry in entries]
     divergences = _divergences(file.parent / "README.md")
     for claim in claims:
         _check(claim, f"{where}: {claim['id']}", divergences)
@@ -96,14 +86,10 @@ def _check(claim: dict, here: str, divergences: set[str]) -> None:
     if kind != "exact" and not claim["margin"]:
         raise ConfigError(f"{here}: margin: must be above 0 for a claim of kind {kind}")
     if (claim["paper_spread"] is None) != (claim["spread_kind"] == "none"):
-        raise ConfigError(
-            f"{here}: spread_kind: {claim['spread_kind']!r} does not go with {claim['paper_spread']}"
-        )
+        raise ConfigError(f"{here}: spread_kind: {claim['spread_kind']!r} does not go with {claim['paper_spread']}")
     for name in claim["divergences"]:
         if name not in divergences:
-            raise ConfigError(
-                f"{here}: divergences: {name!r} is not in README.md{nearest(name, divergences)}"
-            )
+            raise ConfigError(f"{here}: divergences: {name!r} is not in README.md{nearest(name, divergences)}")
 
 
 def _divergences(readme: Path) -> set[str]:

@@ -13,7 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 METRICS_SCHEMA_VERSION = 1
-PACKAGES = ("convx", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "snakemake", "codecarbon", "opencv-python")
+PACKAGES = (
+    "convx",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "pandas",
+    "snakemake",
+    "codecarbon",
+    "opencv-python",
+)
 
 
 @contextlib.contextmanager
@@ -111,7 +122,15 @@ class MetricsFile:
     def add(self, metric: str, value, unit: str, *, n=None, split: str = "", method: str = "", **conditions) -> None:
         """Add one row."""
         self.rows.append(
-            {"metric": metric, "value": value, "unit": unit, "n": n, "split": split, "conditions": conditions, "method": method}
+            {
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                "n": n,
+                "split": split,
+                "conditions": conditions,
+                "method": method,
+            }
         )
 
     def __enter__(self):

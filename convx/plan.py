@@ -30,9 +30,9 @@ class Plan:
     # ---------------------------------------------------------------------------------------------------------------- runs
 
     @cached_property
-    def runs(self) -> list[tuple[str, int]]:
-        """Every (variant, seed) of the study."""
-        return [(name, seed) for name in self.study["variants"] for seed in config.seeds(self.study, name)]
+    def runs(self) -> dict[tuple[str, int], None]:
+        """Every (variant, seed) of the study, in order."""
+        return {(name, seed): None for name in self.study["variants"] for seed in config.seeds(self.study, name)}
 
     def _run(self, wildcards) -> tuple[str, int]:
         return wildcards.variant, int(wildcards.seed)

@@ -65,9 +65,7 @@ def bootstrap_seeds_images(
     if other_SN is not None:
         second = _matrix(other_SN, "other_SN")
         if second.shape[1] != first.shape[1] or (paired_seeds and second.shape != first.shape):
-            raise ValueError(
-                f"variants must share their images (and paired seeds); got {first.shape}, {second.shape}"
-            )
+            raise ValueError(f"variants must share their images (and paired seeds); got {first.shape}, {second.shape}")
         groups = [first - second] if paired_seeds else [first, second]
     elif paired_seeds:
         raise ValueError("paired_seeds needs other_SN, the second variant")
@@ -80,9 +78,7 @@ def bootstrap_seeds_images(
         # No error (or no success) at all: nothing to resample, but the test set still bounds the accuracy.
         exact = wilson_interval(int(first[0, 0]) * images, images, level)
         method = f"Wilson over {images} images (all outcomes equal)"
-        return Interval(
-            exact.estimate * scale, exact.low * scale, exact.high * scale, level, seeds[0], method
-        )
+        return Interval(exact.estimate * scale, exact.low * scale, exact.high * scale, level, seeds[0], method)
 
     components = [_components(group) for group in groups]
     column = float(image_means_N.var(ddof=1)) / images
@@ -168,9 +164,7 @@ def stratified_bootstrap(
     rng = np.random.default_rng(seed)
     draws = np.concatenate(
         [
-            statistic(
-                np.hstack([runs[rng.integers(0, len(runs), (size, len(runs)))] for runs in strata]), axis=1
-            )
+            statistic(np.hstack([runs[rng.integers(0, len(runs), (size, len(runs)))] for runs in strata]), axis=1)
             for size in _chunks(resamples, total)
         ]
     )
@@ -249,9 +243,7 @@ def _chunks(resamples: int, width: int) -> Iterator[int]:
 def _matrix(values: np.ndarray, name: str) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 2 or not np.all((x >= 0) & (x <= 1)):
-        raise ValueError(
-            f"{name} must be [seeds, images] with at least two images and shares between 0 and 1"
-        )
+        raise ValueError(f"{name} must be [seeds, images] with at least two images and shares between 0 and 1")
     return x
 
 

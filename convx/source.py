@@ -16,16 +16,36 @@ from convx import VERBS
 
 PACKAGE = Path(__file__).resolve().parent
 CORE = {
-    "train": ["training.py", "seeds.py", "runs.py", "data/batches.py", "models/__init__.py", "objectives/__init__.py"],
+    "train": [
+        "training.py",
+        "seeds.py",
+        "runs.py",
+        "data/batches.py",
+        "models/__init__.py",
+        "objectives/__init__.py",
+    ],
     "evaluate": [
-        *(f"evaluate/{name}.py" for name in ("__init__", "run", "payload", "accuracy", "corruption", "attacks", "cost")),
+        *(
+            f"evaluate/{name}.py"
+            for name in ("__init__", "run", "payload", "accuracy", "corruption", "attacks", "cost")
+        ),
         "runs.py",
         "models/__init__.py",
     ],
-    "measure": [*(f"evaluate/{name}.py" for name in ("__init__", "run", "latency", "energy")), "runs.py", "models/__init__.py"],
+    "measure": [
+        *(f"evaluate/{name}.py" for name in ("__init__", "run", "latency", "energy")),
+        "runs.py",
+        "models/__init__.py",
+    ],
     "data": [f"data/{name}.py" for name in ("prepare", "readers", "sets", "splits", "pixels", "folder")],
     "corrupt": ["data/corruptions"],
-    "report": ["report", *(f"{name}.py" for name in ("claims", "ledger", "evidence", "verdicts", "statistics", "intervals", "resampling"))],
+    "report": [
+        "report",
+        *(
+            f"{name}.py"
+            for name in ("claims", "ledger", "evidence", "verdicts", "statistics", "intervals", "resampling")
+        ),
+    ],
     "exact": ["claims.py", "papers", "layers", "models", "surgery.py"],
 }
 

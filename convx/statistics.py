@@ -90,9 +90,7 @@ def tost(
     if design not in designs:
         raise ValueError(f"design must be one of {', '.join(designs)}; got {design!r}")
     if (design == "one_sample") != (np.ndim(b) == 0):
-        raise ValueError(
-            f"design {design!r} compares with {'a constant' if np.ndim(b) else 'a list of values'}"
-        )
+        raise ValueError(f"design {design!r} compares with {'a constant' if np.ndim(b) else 'a list of values'}")
     return designs[design](a, b).tost(margin, alpha)
 
 
@@ -156,9 +154,7 @@ def _decide(
     interval90: Interval, interval95: Interval, margin: float | None, within: str, above: str, below: str
 ) -> str:
     if not (math.isclose(interval90.level, 0.90) and math.isclose(interval95.level, 0.95)):
-        raise ValueError(
-            f"verdicts need the 90 % and the 95 % interval, got {interval90.level} and {interval95.level}"
-        )
+        raise ValueError(f"verdicts need the 90 % and the 95 % interval, got {interval90.level} and {interval95.level}")
     estimate, relevant = interval95.estimate, margin or 0.0
     if any(map(math.isnan, (estimate, interval90.low, interval90.high, interval95.low, interval95.high))):
         raise ValueError("a verdict needs numbers: the estimate or a bound is NaN")
@@ -202,9 +198,7 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> McNemar:
     if a.ndim != 1 or a.shape != b.shape or a.size == 0:
         raise ValueError(f"mcnemar needs two equally long lists of 0/1, got shapes {a.shape} and {b.shape}")
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError(
-            "mcnemar needs 0/1 per image; for shares of corruption cells use bootstrap_seeds_images"
-        )
+        raise ValueError("mcnemar needs 0/1 per image; for shares of corruption cells use bootstrap_seeds_images")
     only_a, only_b = int(np.sum((a == 1) & (b == 0))), int(np.sum((a == 0) & (b == 1)))
     disagreements = only_a + only_b
     p_value = float(stats.binomtest(only_a, disagreements).pvalue) if disagreements else 1.0
@@ -259,9 +253,7 @@ def minimum_detectable_effect(
     if design != "welch" and (other_sd is not None or other_n is not None):
         raise ValueError(f"other_sd and other_n belong to the design 'welch', not {design!r}")
     if not (0 < power < 1 and 0 < level < 1 and margin >= 0):
-        raise ValueError(
-            f"power and level must lie between 0 and 1, margin at 0 or above; got {power, level, margin}"
-        )
+        raise ValueError(f"power and level must lie between 0 and 1, margin at 0 or above; got {power, level, margin}")
     if n == 1 or (design == "welch" and other_n == 1):
         return math.inf
     other = (other_sd, n if other_n is None else other_n) if design == "welch" else (None, None)
@@ -283,15 +275,8 @@ def _spread(
 
     The grid points are equally likely (midpoints of chi-square quantiles), so a mean over them integrates.
     """
-    if (
-        n < 2
-        or not sd >= 0
-        or (other_n is not None and other_n < 2)
-        or (other_sd is not None and not other_sd >= 0)
-    ):
-        raise ValueError(
-            f"power needs n >= 2 and sd >= 0, got sd={sd}, n={n}, other sd={other_sd}, n={other_n}"
-        )
+    if n < 2 or not sd >= 0 or (other_n is not None and other_n < 2) or (other_sd is not None and not other_sd >= 0):
+        raise ValueError(f"power needs n >= 2 and sd >= 0, got sd={sd}, n={n}, other sd={other_sd}, n={other_n}")
     if other_n is None and other_sd is not None:
         raise ValueError("a second sd needs its n")
     u = (np.arange(grid) + 0.5) / grid

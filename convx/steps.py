@@ -29,10 +29,20 @@ def corrupt(wanted: dict, data: str, out: str, workers: int) -> None:
     images, _ = open_set(Path(data).parent).split("test")
     workers = min(workers, os.cpu_count() or 1)
     names, severities = wanted["corruptions"], sorted(wanted["severities"])
-    build(images[: wanted["images"]], wanted["protocol"], names, severities, Path(out).parent, CORRUPTION_SEED, workers)
+    build(
+        images[: wanted["images"]],
+        wanted["protocol"],
+        names,
+        severities,
+        Path(out).parent,
+        CORRUPTION_SEED,
+        workers,
+    )
 
 
-def train(recipe_file: str, data: str, start: str | None, source: str, carbon: dict, out: str, progress_root: str) -> None:
+def train(
+    recipe_file: str, data: str, start: str | None, source: str, carbon: dict, out: str, progress_root: str
+) -> None:
     """Train one run: weights, kept checkpoints, history, metrics."""
     recipe = read_json(recipe_file)
     model_file = Path(out)
@@ -72,7 +82,12 @@ def train(recipe_file: str, data: str, start: str | None, source: str, carbon: d
             metrics.add("train_seconds", seconds, "s", method="wall clock of the updates")
             images = len(trainer.batches.images) * recipe["training"]["epochs"]
             if seconds:
-                metrics.add("train_images_per_second", images / seconds, "images/s", method="wall clock of the updates")
+                metrics.add(
+                    "train_images_per_second",
+                    images / seconds,
+                    "images/s",
+                    method="wall clock of the updates",
+                )
             for name in ("train_top1", "validation_top1"):
                 if name in last:
                     metrics.add(f"final_{name}", last[name], "%", split=name.split("_")[0], method="last epoch")
@@ -91,7 +106,9 @@ def _data_digest(meta_file: str) -> str:
     return read_json(meta_file)["digest"]
 
 
-def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, settings: dict, source: str, out: str) -> None:
+def evaluate(
+    recipe_file: str, model: str, data: str, corrupted: str | None, settings: dict, source: str, out: str
+) -> None:
     """Evaluate one run under every condition in one process."""
     recipe = read_json(recipe_file)
     with devices.claim(recipe["device"]):
@@ -104,13 +121,17 @@ def evaluate(recipe_file: str, model: str, data: str, corrupted: str | None, set
             device = pick_device(recipe["device"])
             meta = read_json(data)
             network = load_weights(build_model(recipe, meta), model)
-            result = evaluate_run(network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device)
+            result = evaluate_run(
+                network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device
+            )
             metrics.rows += result.rows
             metrics.per_image = result.per_image
             metrics.environment = environment(device=str(device))
 
 
-def measure(recipe_file: str, model: str, reference: list[str], data: str, settings: dict, source: str, out: str) -> None:
+def measure(
+    recipe_file: str, model: str, reference: list[str], data: str, settings: dict, source: str, out: str
+) -> None:
     """Measure latency, paired with the baseline, and the energy of inference, on a device that the job owns."""
     recipe = read_json(recipe_file)
     with devices.claim(recipe["device"], whole=True):

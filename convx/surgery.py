@@ -33,6 +33,10 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "gate_init": (-50.0, 50.0),
     "gate_lr_factor": (0.0, None),
     "position_lr_factor": (0.0, None),
+    "kernel_count": (1, 65536),
+    "dilated_kernel_size": (1, 1023),
+    "position_std": (0.0, None),
+    "repulsion_start": (0.0, 1.0),
 }
 
 
@@ -42,9 +46,7 @@ def check_limits(**values) -> None:
         low, high = LIMITS[name]
         numbers = value if isinstance(value, tuple | list) else [value]
         for number in numbers:
-            if number is not None and (
-                (low is not None and number < low) or (high is not None and number > high)
-            ):
+            if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 raise ValueError(
                     f"{name}={value!r} is out of range: {'' if low is None else f'{low} <= '}{name}{'' if high is None else f' <= {high}'}"
                 )
@@ -78,9 +80,7 @@ def _expand(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
     """Return the patterns as a list, with ``{stage-k}`` replaced by the module name of the k-th stage from the end."""
     patterns = [layers] if isinstance(layers, str) else list(layers)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError(
-            f"layers={layers!r}: give a glob over module names such as 'layer4.*', or a list of them"
-        )
+        raise ValueError(f"layers={layers!r}: give a glob over module names such as 'layer4.*', or a list of them")
 
     def stage(match: re.Match) -> str:
         names, back = stage_names(model), int(match.group(1))
@@ -174,6 +174,17 @@ def fold(model: nn.Module) -> nn.Module:
     if accepts(model):
         return copy.deepcopy(model).fold()
     return replace(model, "*", accepts, lambda name, module: module.fold(), "fold", "foldable operator")
+
+
+def custom(model: nn.Module, function: str, settings: dict | None = None) -> nn.Module:
+    """Return ``function(copy of model, **settings)`` of a user's own file, named as ``path/to/file.py:function``.
+
+    The file's text is part of the run's source digest: an edit reruns the variants that use it.
+    """
+    from convx.models import check_user_function, load_user_function
+
+    check_user_function(function, "surgery")
+    return load_user_function(function)(copy.deepcopy(model), **(settings or {}))
 
 
 def apply(model: nn.Module, steps: list[dict], seed: int) -> nn.Module:
@@ -349,4 +360,117 @@ def linear_combinations(
                 torch.manual_seed(derive(seed, "start anew", name))
                 anew.reset_parameters()
             module.load_state_dict(anew.state_dict())
+    return new
+
+
+def learnable_spacings(
+    model: nn.Module,
+    layers: str | list[str] = "*",
+    kernel_count: int | None = None,
+    dilated_kernel_size: int | list[int] = 17,
+    interpolation: Literal["bilinear", "triangle", "gauss"] = "bilinear",
+    share: Literal["stage", "none"] = "stage",
+    positions: Literal["normal", "uniform", "conv"] = "normal",
+    position_std: float = 0.5,
+    learn_positions: bool = True,
+    position_lr_factor: float = 5.0,
+    repulsion_start: float | None = 0.07,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy in which every matching convolution has learned tap positions (DCLS, arXiv 2112.03740, 2306.00817).
+
+    Takes any ``nn.Conv2d`` with an odd kernel larger than its stride, so no stem or downsampling of patches. Weights are drawn
+    with the standard deviation of the replaced ones. ``kernel_count`` K: taps a kernel; None takes as many as keep the number
+    of parameters of the replaced layers. ``dilated_kernel_size`` s: side or [h, w] of the kernel that holds them.
+    ``share``: layers of equal shape in a "stage" use one set of positions (and widths), or "none" does. ``positions``
+    start "normal" (``position_std`` in pixels), "uniform" over the kernel, or on the grid of the "conv", with its weights:
+    the same function. ``learn_positions=False`` keeps positions and widths as they start. ``position_lr_factor``
+    multiplies their learning rate. ``repulsion_start``: share of training after which the repulsive loss joins, None for
+    never; one loss over all DCLS layers of the model. Paper: ConvNeXt, s = 17, K = 34 or 40; ResNet: the 3x3 layers, s = 7, K = 5.
+    Raises ``ValueError`` for a value out of range, an unknown choice, an even size or a pattern without a match.
+    """
+    from convx.layers.dcls import DCLSConv2d
+    from convx.layers.dcls_spacings import Repulsion, iso_parameter_kernel_count, share_positions
+
+    check_limits(
+        kernel_count=kernel_count, dilated_kernel_size=dilated_kernel_size, position_std=position_std,
+        position_lr_factor=position_lr_factor, repulsion_start=repulsion_start,
+    )  # fmt: skip
+    check_choices(
+        interpolation=(interpolation, ("bilinear", "triangle", "gauss")),
+        share=(share, ("stage", "none")),
+        positions=(positions, ("normal", "uniform", "conv")),
+    )
+    if positions == "conv" and kernel_count is not None:
+        raise ValueError('kernel_count: positions="conv" has the taps of the convolution; leave kernel_count out')
+
+    def accepts(module: nn.Module) -> bool:
+        return is_spatial_conv(module) and all(
+            d * (k - 1) % 2 == 0 and (k > s or k == 1)
+            for k, s, d in zip(module.kernel_size, module.stride, module.dilation)
+        )
+
+    what = "convolution with an odd kernel above its stride"
+    stages, sets = stage_names(model), {}
+    for name, conv in find(model, layers, accepts, what).items():
+        inside = [stage for stage in stages if name.startswith(f"{stage}.")]
+        key = (
+            name if share == "none" else (max(inside, key=len, default=""), conv.kernel_size, tuple(conv.weight.shape))
+        )
+        sets.setdefault(key, {})[name] = conv
+    if positions != "conv" and kernel_count is None:
+        first = [next(iter(members.values())) for members in sets.values()]
+        kernels = [conv.weight[:, :, 0, 0].numel() for conv in first]
+        per_tap = 2 if interpolation == "bilinear" else 4
+        depths, areas = [len(members) for members in sets.values()], [conv.kernel_size for conv in first]
+        kernel_count = max(1, iso_parameter_kernel_count(kernels, depths, areas, per_tap))
+
+    def make(name: str, conv: nn.Conv2d) -> nn.Module:
+        draws = generator(seed, "learnable spacings", name)
+        layer = DCLSConv2d.from_conv(conv, kernel_count, dilated_kernel_size, interpolation, draws)
+        if positions != "conv":
+            layer.place(positions, draws, position_std)
+        layer.position_lr_factor = position_lr_factor
+        for parameter in (layer.positions, layer.sigma):
+            if parameter is not None:
+                parameter.requires_grad_(learn_positions)
+        return layer
+
+    new = replace(model, layers, accepts, make, "learnable_spacings", what)
+    share_positions([[new.get_submodule(name) for name in members] for members in sets.values()])
+    Repulsion([module for module in new.modules() if isinstance(module, DCLSConv2d)], repulsion_start)
+    return new
+
+
+def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int = 0) -> nn.Module:
+    """Return a copy that keeps the tap positions and widths of its DCLS layers for good and draws all else anew.
+
+    The control of arXiv 2112.03740 that tells good positions from positions learned together with the weights. Every other
+    module starts from its own ``reset_parameters``; ``ValueError`` names a module that has parameters and none.
+    """
+    from convx.layers.dcls import DCLSConv2d
+
+    def accepts(module: nn.Module) -> bool:
+        return isinstance(module, DCLSConv2d)
+
+    def make(name: str, layer: nn.Module) -> nn.Module:
+        for parameter in (layer.positions, layer.sigma):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        return layer
+
+    new = replace(model, layers, accepts, make, "freeze_spacings", "DCLS layer")
+    for name, module in new.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        anew = copy.deepcopy(module).cpu()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "start anew", name))
+            if accepts(module):
+                anew.reset_weights(module.weight_std)
+            elif hasattr(module, "reset_parameters"):
+                anew.reset_parameters()
+            else:
+                raise ValueError(f"{name} ({type(module).__name__}) cannot start anew: it has no reset_parameters")
+        module.load_state_dict(anew.state_dict())
     return new

@@ -63,7 +63,12 @@ def make_optimizer(model: nn.Module, training: dict) -> torch.optim.Optimizer:
     name = training["optimizer"]
     fused = {"fused": True} if name in ("sgd", "momentum", "nesterov", "adam", "adamw") else {}
     optimizer = create_optimizer_v2(
-        groups, opt=name, lr=training["lr"], weight_decay=training["weight_decay"], momentum=training["momentum"], **fused
+        groups,
+        opt=name,
+        lr=training["lr"],
+        weight_decay=training["weight_decay"],
+        momentum=training["momentum"],
+        **fused,
     )
     return optimizer
 
@@ -184,7 +189,9 @@ class Trainer:
         self.step_function = self.objective
         if self.training["compile"] != "none":
             self.step_function = torch.compile(self.objective, mode=self.training["compile"])
-        self.after_step = [m.after_step for m in self.objective.modules() if m is not self.objective and hasattr(m, "after_step")]
+        self.after_step = [
+            m.after_step for m in self.objective.modules() if m is not self.objective and hasattr(m, "after_step")
+        ]
         self.auxiliary = [m.auxiliary_loss for m in self.objective.modules() if hasattr(m, "auxiliary_loss")]
         self.history: list[dict] = []
         self.epoch = self.step = 0
@@ -246,7 +253,10 @@ class Trainer:
 
     def close_epoch(self) -> None:
         """Add one row to the history; the only place that waits for the device."""
-        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]}
+        row = {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"],
+        }
         images = self.sums.pop("images", 0)
         for name, value in self.sums.items():
             mean = float(value) / images
@@ -282,7 +292,13 @@ class Trainer:
 
     def _fit(self, progress: Progress) -> None:
         epochs, steps = self.training["epochs"], self.batches.steps
-        bar = tqdm(total=epochs * steps, initial=self.epoch * steps + self.step, unit="step", mininterval=2, desc=self.recipe["variant"])
+        bar = tqdm(
+            total=epochs * steps,
+            initial=self.epoch * steps + self.step,
+            unit="step",
+            mininterval=2,
+            desc=self.recipe["variant"],
+        )
         if not self.history:
             self.close_epoch()  # epoch 0: before any update
             self._keep(progress)
@@ -307,7 +323,9 @@ class Trainer:
             self.seconds += now - clock
             self.epoch, self.step = self.epoch + 1, 0
             self.close_epoch()
-            bar.set_postfix({k: f"{self.history[-1][k]:.2f}" for k in ("train_loss", "validation_top1") if k in self.history[-1]})
+            bar.set_postfix(
+                {k: f"{self.history[-1][k]:.2f}" for k in ("train_loss", "validation_top1") if k in self.history[-1]}
+            )
             self._keep(progress)
             clock = time.perf_counter()
         bar.close()

@@ -95,9 +95,7 @@ def correct(rows: list[dict]) -> None:
             favourable = ("supported",)
         row["holm_p"] = p = float(equivalence if row["verdict"] in favourable else difference)
         if row["verdict"] in DECIDED and p >= ALPHA:
-            row["reason"] = (
-                f"{row['verdict']!r} alone, not among {len(family)} primary claims (Holm: p = {p:.2g})"
-            )
+            row["reason"] = f"{row['verdict']!r} alone, not among {len(family)} primary claims (Holm: p = {p:.2g})"
             row["verdict"] = "inconclusive"
 
 

@@ -32,7 +32,13 @@ def digits(tmp_path_factory) -> Path:
 def data_settings(**changes) -> dict:
     """Return data settings with every default filled in."""
     root = config.schema("study")
-    given = {"name": "digits", "image_size": 32, "validation": 0.1, "train_images": 320, "test_images": 100} | changes
+    given = {
+        "name": "digits",
+        "image_size": 32,
+        "validation": 0.1,
+        "train_images": 320,
+        "test_images": 100,
+    } | changes
     return config._fill(given, root["properties"]["data"], root)
 
 

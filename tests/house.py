@@ -56,7 +56,11 @@ class House:
 
     @property
     def environment(self) -> dict:
-        here = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.root / "cache")}
+        here = {
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(self.root / "cache"),
+        }
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SNAKEMAKE")}
         return clean | here | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -69,7 +73,16 @@ class House:
     def snakemake(self, *arguments: str, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
         """Run Snakemake on the study; stdout and stderr come together in ``stdout``."""
         self.write()
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "config/tiny.yaml", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "2",
+            "--configfile",
+            "config/tiny.yaml",
+            *arguments,
+        ]
         return subprocess.run(
             command,
             cwd=self.root,

@@ -53,19 +53,51 @@ BROKEN = [
     ({"variants__tcn": None}, "variant 'tcn' is unknown", "tcnn"),
     ({"variants": {}}, "variants: it is empty", ""),
     ({"variants__tcnn": {"trainin": {}}}, "variants.tcnn: unknown key 'trainin'", "training"),
-    ({"variants__tcnn": {"training": {"learning_rate": 1}}}, "variants.tcnn.training: unknown key 'learning_rate'", ""),
+    (
+        {"variants__tcnn": {"training": {"learning_rate": 1}}},
+        "variants.tcnn.training: unknown key 'learning_rate'",
+        "",
+    ),
     ({"variants__tcnn": {"training": {"lr": -1}}}, "variants.tcnn.training.lr: -1 is out of range", "> 0"),
     ({"variants__tcnn": {"recipe": "finetun"}}, "uses the recipe 'finetun'", "finetune"),
-    ({"variants__tcnn": {"surgery": [{"verb": "recast_atention"}]}}, "surgery[0].verb: 'recast_atention' is unknown", "recast_attention"),
+    (
+        {"variants__tcnn": {"surgery": [{"verb": "recast_atention"}]}},
+        "surgery[0].verb: 'recast_atention' is unknown",
+        "recast_attention",
+    ),
     ({"variants__tcnn": {"surgery": [{"layers": "*"}]}}, "surgery[0]: the key 'verb' is missing", ""),
-    ({"variants__tcnn": {"surgery": [{"verb": "recast_attention", "localty": 3}]}}, "has no argument 'localty'", "locality"),
-    ({"variants__tcnn": {"surgery": [{"verb": "recast_attention", "locality": -3}]}}, "locality: -3 is out of range", ""),
-    ({"variants__tcnn": {"surgery": [{"verb": "recast_attention", "gate": "liner"}]}}, "gate: 'liner' is not valid", "linear"),
-    ({"variants__lc_frozen_x8": {"surgery": [{"verb": "linear_combinations", "expansion": 0}]}}, "expansion: 0 is out of range", ""),
-    ({"variants__lc_frozen_x8": {"surgery": [{"verb": "linear_combinations", "bank": "uniform"}]}}, "bank: 'uniform' is not valid", "iid_uniform"),
+    (
+        {"variants__tcnn": {"surgery": [{"verb": "recast_attention", "localty": 3}]}},
+        "has no argument 'localty'",
+        "locality",
+    ),
+    (
+        {"variants__tcnn": {"surgery": [{"verb": "recast_attention", "locality": -3}]}},
+        "locality: -3 is out of range",
+        "",
+    ),
+    (
+        {"variants__tcnn": {"surgery": [{"verb": "recast_attention", "gate": "liner"}]}},
+        "gate: 'liner' is not valid",
+        "linear",
+    ),
+    (
+        {"variants__lc_frozen_x8": {"surgery": [{"verb": "linear_combinations", "expansion": 0}]}},
+        "expansion: 0 is out of range",
+        "",
+    ),
+    (
+        {"variants__lc_frozen_x8": {"surgery": [{"verb": "linear_combinations", "bank": "uniform"}]}},
+        "bank: 'uniform' is not valid",
+        "iid_uniform",
+    ),
     ({"variants__cnn": {"start_from": "tcnn"}}, "start_from is a cycle", "cnn"),
     ({"variants__cnn": {"start_from": "cnn"}}, "start_from is a cycle", ""),
-    ({"variants__cnn": ..., "baseline": "tcnn"}, "starts from 'cnn', which is not a variant of the study", "add it"),
+    (
+        {"variants__cnn": ..., "baseline": "tcnn"},
+        "starts from 'cnn', which is not a variant of the study",
+        "add it",
+    ),
     ({"variants__tcnn": {"start_from": "cn"}}, "variant 'cn' is unknown", "cnn"),
     ({"variants__tcnn": {"seeds": [7]}}, "starts from 'cnn', whose seeds lack 7", ""),
     ({"variants__tcnn": {"at_epoch": 1}}, "at_epoch: 1 is not among the checkpoints", "checkpoints"),
@@ -91,7 +123,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "place", "near"), BROKEN, ids=[next(iter(c)) + f"-{i}" for i, (c, _, _) in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("changes", "place", "near"), BROKEN, ids=[next(iter(c)) + f"-{i}" for i, (c, _, _) in enumerate(BROKEN)]
+)
 def test_every_mistake_is_one_line_with_its_place(changes, place, near):
     with pytest.raises(ConfigError) as error:
         load_study(study(**changes), "config/tiny.yaml")
@@ -111,7 +145,17 @@ def test_a_mistake_stops_snakemake_before_any_job(tmp_path, index):
     changes, place, _ = BROKEN[index]
     file = tmp_path / "broken.yaml"
     file.write_text(yaml.safe_dump(study(**changes)))
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--snakefile", str(REPOSITORY / "Snakefile"), "--configfile", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "1",
+        "--snakefile",
+        str(REPOSITORY / "Snakefile"),
+        "--configfile",
+        str(file),
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     lines = [line for line in result.stderr.splitlines() if line.startswith("convx:")]
     assert result.returncode != 0
@@ -159,7 +203,12 @@ def test_later_layers_of_a_recipe_win():
 
 def test_a_digest_moves_with_what_changes_numbers_alone():
     base = resolve(load_study(study()), "tcnn", 0)
-    same = [{"data__workers": 7}, {"recipes__train__checkpoints": [1]}, {"description": "other"}, {"seeds": [0, 1]}]
+    same = [
+        {"data__workers": 7},
+        {"recipes__train__checkpoints": [1]},
+        {"description": "other"},
+        {"seeds": [0, 1]},
+    ]
     other = [
         {"recipes__finetune__lr": 0.1},
         {"recipes__train__lr": 0.1},
@@ -179,7 +228,12 @@ def test_every_value_of_every_variant_has_an_origin():
     missing = []
     for name, declaration in config.declared_variants().items():
         origins = declaration.get("origin", {})
-        paths = [f"surgery.{i}.{key}" for i, step in enumerate(declaration.get("surgery", [])) for key in step if key != "verb"]
+        paths = [
+            f"surgery.{i}.{key}"
+            for i, step in enumerate(declaration.get("surgery", []))
+            for key in step
+            if key != "verb"
+        ]
         paths += [f"training.{key}" for key in declaration.get("training", {})]
         paths += [key for key in ("start_from", "at_epoch") if declaration.get(key) is not None]
         for path in paths:
@@ -225,7 +279,9 @@ def test_every_schema_property_has_a_description_and_a_default():
                 needed = path == "" and key in ("data", "variants")  # required blocks
                 assert "default" in sub or sub.get("properties") or needed, f"{name}{path}.{key} has no default"
             if node.get("type") == "object" and "properties" in node and path:
-                assert node.get("additionalProperties") is False or "objective" in path, f"{name}{path} admits unknown keys"
+                assert node.get("additionalProperties") is False or "objective" in path, (
+                    f"{name}{path} admits unknown keys"
+                )
 
 
 def test_parsing_imports_no_torch():

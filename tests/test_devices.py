@@ -30,7 +30,16 @@ def _job(path, hold, whole):
     with devices.claim("cuda", whole=whole) as gpu:
         start = time.monotonic()
         time.sleep(hold)
-        path.write_text(json.dumps({"gpu": gpu, "visible": os.environ["CUDA_VISIBLE_DEVICES"], "start": start, "end": time.monotonic()}))
+        path.write_text(
+            json.dumps(
+                {
+                    "gpu": gpu,
+                    "visible": os.environ["CUDA_VISIBLE_DEVICES"],
+                    "start": start,
+                    "end": time.monotonic(),
+                }
+            )
+        )
 
 
 def _run(tmp_path, jobs):

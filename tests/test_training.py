@@ -41,8 +41,21 @@ def plain_losses(recipe, digits, steps, dtype):
     settings = recipe["training"]
     trainer = Trainer(recipe, digits)  # for its data and initial weights only
     model = copy.deepcopy(trainer.objective.exported()).to(dtype)
-    normalise = Normalise(trainer.data.meta["mean"], trainer.data.meta["std"], torch.device("cpu"), settings["channels_last"], dtype)
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], momentum=0.9, nesterov=True, weight_decay=settings["weight_decay"], fused=True)
+    normalise = Normalise(
+        trainer.data.meta["mean"],
+        trainer.data.meta["std"],
+        torch.device("cpu"),
+        settings["channels_last"],
+        dtype,
+    )
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        settings["lr"],
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
     total, losses, done = settings["epochs"] * trainer.batches.steps, [], 0
     for epoch in range(settings["epochs"]):
         for _, images, labels, rng in trainer.batches.epoch(epoch):
@@ -136,7 +149,10 @@ def test_progress_of_another_recipe_source_data_or_start_is_not_taken(tmp_path):
         ]
     }
     assert len(keys) == 6
-    assert Progress(tmp_path, make_recipe(checkpoints=[1]), "s", "d", None).key == Progress(tmp_path, recipe, "s", "d", None).key
+    assert (
+        Progress(tmp_path, make_recipe(checkpoints=[1]), "s", "d", None).key
+        == Progress(tmp_path, recipe, "s", "d", None).key
+    )
 
 
 def test_a_loss_that_is_not_finite_fails_with_the_epoch(digits, tmp_path):
@@ -245,7 +261,10 @@ def test_a_run_starts_from_the_weights_of_another(digits, tmp_path):
 def test_a_failed_start_carries_its_reason(digits, tmp_path):
     save_failed(tmp_path / "model.safetensors", "the training loss is not finite in epoch 3")
     with pytest.raises(Failure, match="not finite in epoch 3"):
-        load_weights(build_model(make_recipe(), {"num_classes": 10, "channels": 1, "image_size": 32}), tmp_path / "model.safetensors")
+        load_weights(
+            build_model(make_recipe(), {"num_classes": 10, "channels": 1, "image_size": 32}),
+            tmp_path / "model.safetensors",
+        )
 
 
 def test_a_missing_gpu_is_a_failure(digits):

@@ -53,15 +53,40 @@ def test_everything_is_made(finished):
         assert finished.results("tables", table).stat().st_size > 100
     comparison = pd.read_csv(finished.results("tables", "comparison.csv"))
     assert list(comparison["variant"]) == list(TINY["variants"])
-    wanted = ["parameters", "macs", "top1", "corruption", "latency_ms", "latency_ratio", "inference_kwh", "training_kgco2e"]
+    wanted = [
+        "parameters",
+        "macs",
+        "top1",
+        "corruption",
+        "latency_ms",
+        "latency_ratio",
+        "inference_kwh",
+        "training_kgco2e",
+    ]
     assert comparison[wanted].notna().all().all()
     assert set(comparison["status"]) == {"ok"}
     replication = pd.read_csv(finished.results("tables", "replication.csv"))
-    decided = ["replicated", "higher", "lower", "supported", "contradicted", "no relevant difference", "exact", "differs"]
+    decided = [
+        "replicated",
+        "higher",
+        "lower",
+        "supported",
+        "contradicted",
+        "no relevant difference",
+        "exact",
+        "differs",
+    ]
     assert replication["verdict"].notna().all()
     assert replication.loc[~replication["verdict"].isin(decided), "reason"].fillna("").str.len().gt(3).all()
     names = {file.name for file in finished.results("figures").iterdir()}
-    for figure in ("accuracy", "corruption_heatmap", "accuracy_latency", "accuracy_energy", "clean_against_corrupted", "training_curves"):
+    for figure in (
+        "accuracy",
+        "corruption_heatmap",
+        "accuracy_latency",
+        "accuracy_energy",
+        "clean_against_corrupted",
+        "training_curves",
+    ):
         assert {f"{figure}.svg", f"{figure}.png"} <= names
     page = finished.results("report", "index.html").read_text()
     assert "does it hold up?" in page
@@ -105,7 +130,11 @@ def test_another_evaluation_trains_nothing(house):
 
 
 def test_white_space_and_comments_rerun_nothing(house):
-    house.edit("workflow/rules/train.smk", '        "convx train {input.recipe}', '        "convx  train {input.recipe}')
+    house.edit(
+        "workflow/rules/train.smk",
+        '        "convx train {input.recipe}',
+        '        "convx  train {input.recipe}',
+    )
     house.edit("workflow/rules/evaluate.smk", "rule evaluate:", "# a comment\nrule evaluate:")
     house.edit("convx/layers/gpsa.py", '"""', '"""Another docstring. ')
     house.edit("convx/training.py", "import csv\n", "import csv\n\n# a comment\n")
@@ -145,7 +174,11 @@ def test_figures_and_report_from_metrics_alone(finished, tmp_path):
     result = house.snakemake("figures", "report")
     assert result.returncode == 0, result.stdout
     assert time.monotonic() - start < 60
-    files = [*sorted(house.results("figures").iterdir()), *sorted(house.results("tables").iterdir()), house.results("report", "index.html")]
+    files = [
+        *sorted(house.results("figures").iterdir()),
+        *sorted(house.results("tables").iterdir()),
+        house.results("report", "index.html"),
+    ]
     first = {file.name: sha(file) for file in files if file.is_file() and not file.name.startswith(".")}
     assert len(first) > 15
     shutil.rmtree(house.results("figures"))
@@ -178,7 +211,10 @@ def test_snakemakes_own_report(finished, tmp_path):
 
 def test_a_failing_run_keeps_its_row_and_can_be_retried(tmp_path):
     house = House.build(tmp_path / "house")
-    house.study["variants"] = {"cnn": None, "lc_frozen_x8": {"training": {"lr": 1e30, "optimizer": "momentum"}}}
+    house.study["variants"] = {
+        "cnn": None,
+        "lc_frozen_x8": {"training": {"lr": 1e30, "optimizer": "momentum"}},
+    }
     house.study["evaluate"] = {}
     result = house.snakemake()
     assert result.returncode == 0, result.stdout
@@ -210,7 +246,9 @@ def test_a_killed_training_ends_with_the_same_bits(finished, tmp_path):
     house.write()
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "config/tiny.yaml"]
     environment = house.environment | {"CONVX_SAVE_SECONDS": "0"}
-    process = subprocess.Popen(command, cwd=house.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=house.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(house.root.glob("resources/progress/*/state.pt")):
         time.sleep(0.02)

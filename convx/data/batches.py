@@ -26,7 +26,9 @@ def to_device(images_NHWC: np.ndarray, device: torch.device) -> torch.Tensor:
 class Normalise:
     """uint8 [N, C, H, W] -> float with the data set's mean and standard deviation, in the wanted memory format."""
 
-    def __init__(self, mean, std, device: torch.device, channels_last: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, mean, std, device: torch.device, channels_last: bool = False, dtype: torch.dtype = torch.float32
+    ):
         std = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
         mean = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
         self.scale = (1 / (255 * std)).to(device, dtype)
@@ -58,7 +60,11 @@ class Augment:
     """The augmentation that a recipe names, on uint8 batches; with mixup or CutMix the labels become distributions."""
 
     def __init__(self, training: dict, num_classes: int):
-        self.padding, self.flip, self.magnitude = training["crop_padding"], training["flip"], training["randaugment"]
+        self.padding, self.flip, self.magnitude = (
+            training["crop_padding"],
+            training["flip"],
+            training["randaugment"],
+        )
         self.mixes = []
         if training["mixup"] or training["cutmix"] or self.magnitude is not None:
             from torchvision.transforms import v2

@@ -50,9 +50,7 @@ def resize_settings(value: dict | None, size: int) -> dict:
             raise ValueError(f"data.resize.{key}: {resize[key]!r} is unknown; {nearest(resize[key], words)}")
     short = resize["short_side"] = resize["short_side"] or round(size / 0.875)
     if isinstance(short, bool) or not isinstance(short, int) or short < size:
-        raise ValueError(
-            f"data.resize.short_side: {short!r} is not a whole number of at least image_size ({size})"
-        )
+        raise ValueError(f"data.resize.short_side: {short!r} is not a whole number of at least image_size ({size})")
     return resize
 
 
@@ -88,16 +86,12 @@ def index_folder(root: Path, classes: str | None = None) -> FolderIndex:
         unknown = sorted(set(_classes(place)) - set(names))
         if unknown:
             where = f"in {classes}" if classes else f"in {train}"
-            raise ValueError(
-                f"data.path: class {place / unknown[0]} is not {where}; {nearest(unknown[0], names[:50])}"
-            )
+            raise ValueError(f"data.path: class {place / unknown[0]} is not {where}; {nearest(unknown[0], names[:50])}")
         files, labels = [], []
         for name in _classes(place):
             images = _images(place / name)
             if not images:
-                raise ValueError(
-                    f"data.path: class folder {place / name} holds no image ({', '.join(SUFFIXES)})"
-                )
+                raise ValueError(f"data.path: class folder {place / name} holds no image ({', '.join(SUFFIXES)})")
             files += [path.relative_to(root).as_posix() for path in images]
             labels += [names.index(name)] * len(images)
         splits[split] = (files, np.array(labels, np.int64))
@@ -181,9 +175,7 @@ def fit(picture, resize: dict):
     from PIL import Image
 
     size, short = resize["size"], resize["short_side"]
-    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[
-        resize["interpolation"]
-    ]
+    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resize["interpolation"]]
     width, height = picture.size
     if resize["crop"] == "none":
         return picture if (width, height) == (size, size) else picture.resize((size, size), method)

@@ -15,9 +15,7 @@ def resize_block(images_NHWC: np.ndarray, size: int) -> np.ndarray:
     out = np.empty((n, size, size, channels), np.uint8)
     for i, image_HWC in enumerate(images_NHWC):
         picture = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
-        out[i] = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(
-            size, size, channels
-        )
+        out[i] = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
     return out
 
 

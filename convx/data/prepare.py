@@ -78,9 +78,7 @@ class DataSet:
             return np.arange(len(self.test_labels))
         if name == "validation":
             if not len(self.validation_indices):
-                raise ValueError(
-                    f"{self.folder}: prepared without a validation split; set data.validation above 0"
-                )
+                raise ValueError(f"{self.folder}: prepared without a validation split; set data.validation above 0")
             return self.validation_indices
         if name == "train":
             if not len(self.train_labels):
@@ -136,9 +134,7 @@ def open_set(folder: str | Path) -> DataSet:
                 f"{(n, size, size, channels)}; prepare the set again"
             )
     validation = loaded.pop("validation_indices", np.zeros(0, np.int64))
-    return DataSet(
-        folder, meta, test_boxes=loaded.pop("test_boxes", None), validation_indices=validation, **loaded
-    )
+    return DataSet(folder, meta, test_boxes=loaded.pop("test_boxes", None), validation_indices=validation, **loaded)
 
 
 def prepare(
@@ -174,9 +170,7 @@ def prepare(
             if facts.name == "folder":
                 meta = _write_folder(settings, facts, partial)
             else:
-                finder = Finder.from_environment(
-                    mirrors, Path(downloads or out.parent / "downloads"), progress
-                )
+                finder = Finder.from_environment(mirrors, Path(downloads or out.parent / "downloads"), progress)
                 raw = READERS[facts.name](facts, finder, settings)
                 meta = _write_arrays(settings, facts, raw, partial, progress)
             _write_meta(partial, meta)
@@ -196,9 +190,7 @@ def check_settings(settings: dict) -> dict:
     for key, low in (("image_size", 4), ("train_images", 0), ("test_images", 1)):
         value = settings[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise ValueError(
-                f"data.{key}: {value!r} is not a whole number of at least {low} (null for the default)"
-            )
+            raise ValueError(f"data.{key}: {value!r} is not a whole number of at least {low} (null for the default)")
     share = settings["validation"] = settings["validation"] or 0
     if (
         isinstance(share, bool)
@@ -206,9 +198,7 @@ def check_settings(settings: dict) -> dict:
         or share < 0
         or (share > 1 and share != int(share))
     ):
-        raise ValueError(
-            f"data.validation: {share!r} is neither a share below 1 nor a number of training images"
-        )
+        raise ValueError(f"data.validation: {share!r} is neither a share below 1 nor a number of training images")
     if share and settings["train_images"] == 0:
         raise ValueError("data.validation: there is nothing to set aside with train_images: 0")
     if settings["name"] == "folder":
@@ -239,9 +229,7 @@ def _carve(labels: np.ndarray, share: float, name: str) -> np.ndarray:
     if count == 0 and share == 0:
         return np.zeros(0, np.int64)
     if not 0 < count < len(labels):
-        raise ValueError(
-            f"data.validation: {share} takes {count:,} of {len(labels):,} images; leave one each side"
-        )
+        raise ValueError(f"data.validation: {share} takes {count:,} of {len(labels):,} images; leave one each side")
     return stratified_choice(labels, count, f"{name}/validation")
 
 
@@ -283,9 +271,7 @@ def _write_arrays(settings: dict, facts: SetFacts, raw: RawSet, folder: Path, pr
             resize_block(block, size) for _, block in raw.blocks("train", np.arange(len(raw.labels["train"])))
         )
     native = raw.native_size
-    resized = (
-        "" if size == native else f"; resized from {native}x{native} to {size}x{size}, bilinear (Pillow)"
-    )
+    resized = "" if size == native else f"; resized from {native}x{native} to {size}x{size}, bilinear (Pillow)"
     return _meta(settings, facts, size, counts, raw.class_names, mean, std) | {
         "kind": "arrays",
         "source": raw.source,
@@ -311,9 +297,7 @@ def _write_folder(settings: dict, facts: SetFacts, folder: Path) -> dict:
             )
         if split == "train":
             _save_validation(folder, labels[rows], settings, "folder")
-    return _meta(
-        settings, facts, settings["resize"]["size"], counts, index.class_names, facts.mean, facts.std
-    ) | {
+    return _meta(settings, facts, settings["resize"]["size"], counts, index.class_names, facts.mean, facts.std) | {
         "kind": "folder",
         "root": str(index.root),
         "resize": settings["resize"],

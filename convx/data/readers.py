@@ -101,9 +101,7 @@ def read_idx(data: bytes, name: str) -> np.ndarray:
     shape = tuple(np.frombuffer(data, ">u4", axes, 4).tolist())
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
     if values.size != int(np.prod(shape)):
-        raise ValueError(
-            f"{name}: {values.size:,} values where its header says {' x '.join(map(str, shape))}"
-        )
+        raise ValueError(f"{name}: {values.size:,} values where its header says {' x '.join(map(str, shape))}")
     return values.reshape(shape)
 
 
@@ -122,13 +120,9 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(
-                f"the pickle asks for {module}.{name}, which an image batch does not hold"
-            )
+            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}, which an image batch does not hold")
         if name == "_reconstruct":  # its home moved with NumPy 2
-            return (
-                np._core.multiarray._reconstruct if hasattr(np, "_core") else np.core.multiarray._reconstruct
-            )
+            return np._core.multiarray._reconstruct if hasattr(np, "_core") else np.core.multiarray._reconstruct
         return super().find_class(module, name)
 
 
@@ -191,9 +185,7 @@ def _expect(facts: SetFacts, train, train_labels, test, test_labels, size: int) 
     ):
         shape = (n, size, size, facts.channels)
         if images.shape != shape or images.dtype != np.uint8 or labels.shape != (n,):
-            raise ValueError(
-                f"{facts.name}: {split} images are {images.shape}, labels {labels.shape}, not {shape}"
-            )
+            raise ValueError(f"{facts.name}: {split} images are {images.shape}, labels {labels.shape}, not {shape}")
         if labels.min() < 0 or labels.max() >= facts.classes:
             raise ValueError(
                 f"{facts.name}: {split} labels run {labels.min()}..{labels.max()}, not 0..{facts.classes - 1}"

@@ -109,9 +109,7 @@ class Finder:
                 else:
                     self.tried.append(f"{place} (no such folder)")
 
-    def official(
-        self, facts: SetFacts, mirrors: bool = True, addresses: bool = True, hint: str = ""
-    ) -> Found | None:
+    def official(self, facts: SetFacts, mirrors: bool = True, addresses: bool = True, hint: str = "") -> Found | None:
         """Return the archive, or every official file, from the first places that have them.
 
         Only what has its published checksum counts; files may come from different places. ``mirrors`` and
@@ -154,9 +152,7 @@ class Finder:
         if is_url(place):
             base = place.rstrip("/") + "/"
             folders = dict.fromkeys(("", f"{facts.folder}/" if facts.folder else "", f"{facts.name}/"))
-            return "mirror URL", self._by_address(
-                facts, lambda file: [f"{base}{f}{file.name}" for f in folders]
-            )
+            return "mirror URL", self._by_address(facts, lambda file: [f"{base}{f}{file.name}" for f in folders])
         folder = Path(place).expanduser()
         if not folder.is_dir():
             self.tried.append(f"{place} (no such folder)")
@@ -279,9 +275,7 @@ def _transfer(url: str, part: Path, start: int, progress: bool) -> None:
     if start:
         request.add_header("Range", f"bytes={start}-")
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        continued = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {start}-"
-        )
+        continued = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if response.status == 206 and not continued:
             part.unlink()  # the same question brings the same answer: ask for the whole file
             raise http.client.HTTPException("the server answered with another range")
@@ -291,9 +285,7 @@ def _transfer(url: str, part: Path, start: int, progress: bool) -> None:
         name = part.name.removesuffix(".part")
         with (
             open(part, "ab" if continued else "wb") as file,
-            tqdm(
-                total=total, initial=done, desc=name, unit="B", unit_scale=True, disable=not progress
-            ) as bar,
+            tqdm(total=total, initial=done, desc=name, unit="B", unit_scale=True, disable=not progress) as bar,
         ):
             while block := response.read(CHUNK):
                 file.write(block)

@@ -95,9 +95,7 @@ def read_tiny_imagenet(facts: SetFacts, finder: Finder, settings: dict) -> RawSe
         counts = np.bincount(labels[split], minlength=facts.classes)
         if len(labels[split]) and not (counts == each).all():
             worst = int(np.abs(counts - each).argmax())
-            raise ValueError(
-                f"{facts.name}: class {wnids[worst]} has {counts[worst]} {split} images, not {each}"
-            )
+            raise ValueError(f"{facts.name}: class {wnids[worst]} has {counts[worst]} {split} images, not {each}")
     boxes = np.array([annotations[m][1] for m in members["test"]], np.float64)
     boxes[:, 2:] += 1  # the file names the last pixel inside; ours end at the first one outside
     return RawSet(

@@ -108,9 +108,7 @@ class EvaluationData:
         from convx.data.batches import Normalise
 
         if images_NHWC.ndim != 4 or images_NHWC.dtype != "uint8":
-            raise ValueError(
-                f"images: {images_NHWC.dtype} {images_NHWC.shape} given, uint8 [N, H, W, C] needed"
-            )
+            raise ValueError(f"images: {images_NHWC.dtype} {images_NHWC.shape} given, uint8 [N, H, W, C] needed")
         device = torch.device(device)
         normalise = Normalise(mean, std, device, channels_last, dtype or torch.float32)
         labels = torch.as_tensor(labels, dtype=torch.long).to(device)

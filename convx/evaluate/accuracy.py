@@ -28,9 +28,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     nll_N, confidence_N, prediction_N, top5_N, finite_N = (torch.cat(column).cpu() for column in zip(*parts))
     labels_N = data.labels.cpu()
     if not bool(finite_N.all()):
-        raise Failure(
-            f"the model's logits are not finite on {int((~finite_N).sum())} of {len(data)} {split} images"
-        )
+        raise Failure(f"the model's logits are not finite on {int((~finite_N).sum())} of {len(data)} {split} images")
     if int(labels_N.max()) >= classes:
         raise ValueError(f"labels: the largest is {int(labels_N.max())}, the model has {classes} classes")
     correct_N = prediction_N == labels_N
@@ -57,9 +55,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     return Result(rows, per_image, {"predictions": prediction_N.numpy()})
 
 
-def expected_calibration_error(
-    confidence_N: torch.Tensor, correct_N: torch.Tensor, bins: int = BINS
-) -> float:
+def expected_calibration_error(confidence_N: torch.Tensor, correct_N: torch.Tensor, bins: int = BINS) -> float:
     """Return the expected calibration error, a share of 1 (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
     sum_m |B_m| / N |accuracy(B_m) - confidence(B_m)| over ``bins`` equal-width bins (lower, upper] of the

@@ -44,9 +44,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict) -> Result:
                 if steps:
                     noise = torch.rand(x_BCHW.shape, generator=streams[epsilon]).to(x_BCHW.device)
                     start = x_BCHW + epsilon * (2 * noise - 1)
-                    attacked = pgd(
-                        model, data.normalise, x_BCHW, labels_B, epsilon, steps, sizes[epsilon], start
-                    )
+                    attacked = pgd(model, data.normalise, x_BCHW, labels_B, epsilon, steps, sizes[epsilon], start)
                     right[1, place] += _correct(model, data.normalise, attacked, labels_B)
     n, rows = len(data), []
     fgsm_right, pgd_right = right.tolist()
@@ -61,9 +59,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict) -> Result:
     return Result(rows)
 
 
-def gradient(
-    model: nn.Module, normalise: Callable, x_BCHW: torch.Tensor, labels_B: torch.Tensor
-) -> torch.Tensor:
+def gradient(model: nn.Module, normalise: Callable, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the summed cross-entropy with respect to grey levels.
 
     The sum, not the mean: an image's gradient does not depend on the batch that it is in. No gradient
@@ -107,7 +103,5 @@ def pgd(
 
 
 @torch.no_grad()
-def _correct(
-    model: nn.Module, normalise: Callable, x_BCHW: torch.Tensor, labels_B: torch.Tensor
-) -> torch.Tensor:
+def _correct(model: nn.Module, normalise: Callable, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     return (model(normalise(x_BCHW)).argmax(1) == labels_B).sum()

@@ -15,9 +15,7 @@ from convx.evaluate import EvaluationData, Result, evaluation_mode, row
 from convx.manifest import Failure
 
 
-def run(
-    model: nn.Module, data: EvaluationData, settings: dict, corrupted: Mapping[str, np.ndarray]
-) -> Result:
+def run(model: nn.Module, data: EvaluationData, settings: dict, corrupted: Mapping[str, np.ndarray]) -> Result:
     """Return the rows of a model on a corrupted set, in percent.
 
     ``corrupted``: corruption -> uint8 [severities, N, H, W, C] with ``protocol``, ``severities`` and perhaps
@@ -71,9 +69,7 @@ def run(
     where = {"protocol": protocol}
     if set(averaged) != set(MAIN):
         where["corruptions"] = ", ".join(averaged)
-    method = (
-        f"plain mean over {len(averaged)} corruptions, severities {', '.join(map(str, severities))}; {label}"
-    )
+    method = f"plain mean over {len(averaged)} corruptions, severities {', '.join(map(str, severities))}; {label}"
     whole = where | ({} if severities == [1, 2, 3, 4, 5] else {"severities": ", ".join(map(str, severities))})
     mean = np.mean([accuracy[name, s] for name in averaged for s in severities])
     rows.append(row("mean_corruption_accuracy", mean, "%", n=n, split=split, method=method, **whole))
@@ -82,9 +78,7 @@ def run(
     if 5 in severities:
         method = f"plain mean over {len(averaged)} corruptions at severity 5; {label}"
         mean = np.mean([accuracy[name, 5] for name in averaged])
-        rows.append(
-            row("mean_corruption_accuracy_severity5", mean, "%", n=n, split=split, method=method, **where)
-        )
+        rows.append(row("mean_corruption_accuracy_severity5", mean, "%", n=n, split=split, method=method, **where))
     if where.keys() == whole.keys() == {"protocol"} and _has_mce(protocol, settings):
         errors = {name: [100 - accuracy[name, s] for s in severities] for name in averaged}
         clean = settings.get("clean_top1")
@@ -119,9 +113,7 @@ def _choice(wanted: list[str] | None, corrupted: Mapping) -> list[str]:
 def _labels(data: EvaluationData, corrupted: Mapping[str, np.ndarray], first: str) -> torch.Tensor:
     """Return the labels on the device: the set's own, else those of the first images of ``data``."""
     n, own = corrupted[first].shape[1], getattr(corrupted, "labels_N", None)
-    labels = (
-        data.labels[:n] if own is None else torch.as_tensor(np.asarray(own), dtype=torch.long).to(data.device)
-    )
+    labels = data.labels[:n] if own is None else torch.as_tensor(np.asarray(own), dtype=torch.long).to(data.device)
     if len(labels) != n:
         raise ValueError(f"the corrupted set holds {n} images, there are {len(labels)} labels for them")
     return labels

@@ -25,9 +25,7 @@ MIN_ROUNDS = 6  # the fewest for a 95 % interval of a median
 WARM_UP = 5
 
 
-def run(
-    models: dict[str, nn.Module], shape_CHW: tuple[int, int, int], settings: dict, device="cpu"
-) -> Result:
+def run(models: dict[str, nn.Module], shape_CHW: tuple[int, int, int], settings: dict, device="cpu") -> Result:
     """Return the rows of the first model, measured beside the second (its baseline) if there is one.
 
     ``settings``: ``batches`` [1, 32], ``threads`` [1] (ignored on a GPU), ``dtypes`` ["float32"], ``rounds``
@@ -120,11 +118,7 @@ def _events(call: Callable[[], object]) -> float:
 
 def _prepared(model: nn.Module, device: torch.device, dtype: str, channels_last: bool) -> nn.Module:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return (
-        copy.deepcopy(model)
-        .to(device=device, dtype=getattr(torch, dtype), memory_format=memory_format)
-        .eval()
-    )
+    return copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype), memory_format=memory_format).eval()
 
 
 def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: torch.device, where: dict):
@@ -133,9 +127,7 @@ def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: 
     if device.type == "cpu" and where["threads"] > cores:
         return {}, f"not measured: the machine has {cores} cores"
     stream = generator(settings.get("seed", 0), "latency input")
-    x_BCHW = torch.randn(where["batch"], *shape_CHW, generator=stream).to(
-        device, getattr(torch, where["dtype"])
-    )
+    x_BCHW = torch.randn(where["batch"], *shape_CHW, generator=stream).to(device, getattr(torch, where["dtype"]))
     if settings.get("channels_last", False):
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
     before = torch.get_num_threads()
@@ -148,9 +140,7 @@ def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: 
             limits = {key: settings[key] for key in ("rounds", "seconds", "seed") if key in settings}
             samples = paired(calls, clock=clock, **limits)
     except RuntimeError as error:
-        reason = failure_reason(
-            error
-        )  # out of memory; anything else is an error in the format that all support
+        reason = failure_reason(error)  # out of memory; anything else is an error in the format that all support
         if reason is None and where["dtype"] == "float32":
             raise
         return {}, f"not measured: {reason or ' '.join(str(error).split())[:160]}"
@@ -182,9 +172,7 @@ def _rows(samples: dict, form: str, reference: str | None, where: dict, method: 
         }
     rows = [row("latency", v, "ms", n=n, method=method, **where, statistic=k) for k, v in values.items()]
     speed = 1000 * where["batch"] / values["median"] if measured else None
-    rows.append(
-        row("throughput", speed, "images/s", n=n, method=f"batch / median latency; {method}", **where)
-    )
+    rows.append(row("throughput", speed, "images/s", n=n, method=f"batch / median latency; {method}", **where))
     if reference:
         ratios, other = dict.fromkeys(["median", "low", "high"]), None
         if measured:
@@ -192,14 +180,9 @@ def _rows(samples: dict, form: str, reference: str | None, where: dict, method: 
             ratios = {"median": interval.estimate, "low": interval.low, "high": interval.high}
             other = float(np.median(samples["reference"]))
         where = where | {"reference": reference}
-        rows += [
-            row("latency_ratio", v, "ratio", n=n, method=method, **where, statistic=k)
-            for k, v in ratios.items()
-        ]
+        rows += [row("latency_ratio", v, "ratio", n=n, method=method, **where, statistic=k) for k, v in ratios.items()]
         if form == "no":
-            rows.append(
-                row("reference_latency", other, "ms", n=n, method=method, **where, statistic="median")
-            )
+            rows.append(row("reference_latency", other, "ms", n=n, method=method, **where, statistic="median"))
     return rows
 
 

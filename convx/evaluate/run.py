@@ -20,7 +20,9 @@ def open_corrupted_set(folder: str | Path):
     return open_official(meta["official"]) if "official" in meta else open_corrupted(folder)
 
 
-def evaluate_run(model: nn.Module, recipe: dict, data_folder: Path, corrupted_folder: Path | None, settings: dict, device) -> Result:
+def evaluate_run(
+    model: nn.Module, recipe: dict, data_folder: Path, corrupted_folder: Path | None, settings: dict, device
+) -> Result:
     """Return every row of a run on the test images: accuracy, corruption, attacks, and what the model weighs.
 
     ``settings``: ``batch_size``, ``corruption`` and ``attacks`` of the study (None leaves one out). ``per_image`` is encoded.

@@ -52,9 +52,7 @@ def timm_names() -> frozenset[str]:
         return frozenset()
     folder = Path(spec.origin).parent / "models"
     pattern = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
-    return frozenset(
-        name for file in folder.glob("*.py") for name in pattern.findall(file.read_text(encoding="utf-8"))
-    )
+    return frozenset(name for file in folder.glob("*.py") for name in pattern.findall(file.read_text(encoding="utf-8")))
 
 
 def user_function(name: str) -> tuple[Path, str] | None:
@@ -106,9 +104,7 @@ def check_name(name: str) -> None:
     )
 
 
-def create_model(
-    name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings
-):
+def create_model(name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings):
     """Build a model by name.
 
     ``resnet20_16`` and the like come from convx, ``timm/<name>`` from timm (``settings`` go to ``timm.create_model``;
@@ -121,9 +117,7 @@ def create_model(
         return create(num_classes=num_classes, in_channels=in_channels, image_size=image_size, **settings)
     if key := family(name):
         module = import_module(f"convx.models.{key}")
-        return module.create(
-            name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **settings
-        )
+        return module.create(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **settings)
     import timm
 
     if image_size and "img_size" not in settings and "vit" in name.split("/")[1].split("_")[0]:

@@ -112,9 +112,7 @@ def create(
     size = int(re.fullmatch(r"convnext_cifar(?:_k(\d+))?", name).group(1) or 7)
     kernels = [size] * len(widths) if kernels is None else list(kernels)
     if not len(widths) == len(depths) == len(kernels):
-        raise ValueError(
-            f"{name}: widths, depths and kernels list one number a stage, these are {widths}, {depths}, {kernels}"
-        )
+        raise ValueError(f"{name}: one number a stage is wanted in {widths=}, {depths=} and {kernels=}")
     if any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
         raise ValueError(f"{name}: kernels={kernels} must be odd")
     if not 0 <= drop_path < 1 or dilation < 1:

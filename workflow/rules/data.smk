@@ -5,10 +5,10 @@ rule data:
         f"logs/{plan.name}/data.log",
     benchmark:
         f"logs/{plan.name}/data.benchmark.tsv"
+    retries: 2
     threads: 1
     resources:
         mem_mb=3000,
-    retries: 2
     params:
         settings=plan.data_json,
         mirrors=plan.mirrors,

@@ -98,17 +98,13 @@ class Protocol:
     @property
     def digest(self) -> str:
         """sha256 (hex) over all constants, choices and the version of the arithmetic."""
-        facts = {k: v for k, v in self.__dict__.items() if k not in ("label", "source")} | {
-            "algorithm": ALGORITHM
-        }
+        facts = {k: v for k, v in self.__dict__.items() if k not in ("label", "source")} | {"algorithm": ALGORITHM}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def constants(self, corruption: str, severity: int):
         """The constants of one cell; ValueError names the nearest corruption or the allowed severities."""
         if corruption not in self.table:
-            raise ValueError(
-                _unknown("corruption", corruption, self.corruptions) + f" (protocol {self.name})"
-            )
+            raise ValueError(_unknown("corruption", corruption, self.corruptions) + f" (protocol {self.name})")
         if isinstance(severity, bool) or severity not in SEVERITIES:
             raise ValueError(f"severity {severity!r}: must be one of 1, 2, 3, 4, 5")
         return self.table[corruption][int(severity) - 1]
@@ -116,9 +112,7 @@ class Protocol:
 
 def _unknown(what: str, word: str, known) -> str:
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
-    return f"unknown {what} {word!r}: " + (
-        f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known)
-    )
+    return f"unknown {what} {word!r}: " + (f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known))
 
 
 def _zoom(stop: float, step: float) -> tuple[float, float]:

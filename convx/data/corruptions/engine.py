@@ -16,14 +16,10 @@ def check_images(images_NHWC: np.ndarray) -> None:
         kind = getattr(images_NHWC, "dtype", type(images_NHWC).__name__)
         raise ValueError(f"images to corrupt: {kind} given, a NumPy array of uint8 is needed")
     if images_NHWC.ndim != 4 or images_NHWC.shape[3] not in (1, 3):
-        raise ValueError(
-            f"images to corrupt: shape {images_NHWC.shape} given, [N, H, W, 1] or [N, H, W, 3] is needed"
-        )
+        raise ValueError(f"images to corrupt: shape {images_NHWC.shape} given, [N, H, W, 1] or [N, H, W, 3] is needed")
     if min(images_NHWC.shape[1:3]) < SMALLEST_SIDE:
         height, width = images_NHWC.shape[1:3]
-        raise ValueError(
-            f"images to corrupt: {height} x {width} px, at least 32 x 32 are needed: raise image_size"
-        )
+        raise ValueError(f"images to corrupt: {height} x {width} px, at least 32 x 32 are needed: raise image_size")
 
 
 def to_grey(x_NHWC: np.ndarray) -> np.ndarray:
@@ -57,9 +53,7 @@ def corrupt_batch(
         x = np.ascontiguousarray(images_NHWC[a : a + block])
         if channels == 1:
             x = np.repeat(x, 3, axis=3)
-        y = function(
-            x, Streams(seed, protocol.name, corruption, severity, indices[a : a + block]), constants, protocol
-        )
+        y = function(x, Streams(seed, protocol.name, corruption, severity, indices[a : a + block]), constants, protocol)
         out[a : a + block] = y if channels == 3 else to_grey(y)
     return out
 

@@ -93,16 +93,11 @@ def disk(radius: float, rim: float) -> np.ndarray:
 def filter2d(x_NHWC: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """2-D correlation with a centred odd kernel, borders mirrored without repeating the edge pixel."""
     radius, (height, width) = kernel.shape[0] // 2, x_NHWC.shape[1:3]
-    taps = [
-        (i, j, kernel[i, j]) for i in range(kernel.shape[0]) for j in range(kernel.shape[1]) if kernel[i, j]
-    ]
+    taps = [(i, j, kernel[i, j]) for i in range(kernel.shape[0]) for j in range(kernel.shape[1]) if kernel[i, j]]
     if (
         len(taps) > 40
     ):  # many taps: OpenCV filters through the FFT, in float64 since its rounding depends on the processor
-        y = [
-            cv2.filter2D(x, cv2.CV_64F, kernel, borderType=cv2.BORDER_REFLECT_101)
-            for x in x_NHWC.astype(np.float64)
-        ]
+        y = [cv2.filter2D(x, cv2.CV_64F, kernel, borderType=cv2.BORDER_REFLECT_101) for x in x_NHWC.astype(np.float64)]
         return np.stack(y).astype(np.float32)
     x_pad = np.pad(x_NHWC, ((0, 0), (radius, radius), (radius, radius), (0, 0)), mode="reflect")
     y, scratch = np.zeros_like(x_NHWC), np.empty_like(x_NHWC)
@@ -189,9 +184,7 @@ def _fold(index: np.ndarray, size: int, repeat_edge: bool) -> np.ndarray:
     return np.minimum(index, (2 * size - 1 if repeat_edge else period) - index)
 
 
-def bilinear(
-    x_NHWC: np.ndarray, rows_NHW: np.ndarray, columns_NHW: np.ndarray, repeat_edge: bool
-) -> np.ndarray:
+def bilinear(x_NHWC: np.ndarray, rows_NHW: np.ndarray, columns_NHW: np.ndarray, repeat_edge: bool) -> np.ndarray:
     """Samples each image at real positions (float32); outside, the image is mirrored."""
     count, height, width, channels = x_NHWC.shape
     flat = x_NHWC.reshape(count * height * width, channels)
@@ -218,6 +211,4 @@ def bilinear(
 
 def line_gaussian(x_NHW: np.ndarray, sigma: float, axis: int) -> np.ndarray:
     """Gaussian blur along one axis, mirrored with the edge pixel repeated, cut off at three sigma."""
-    return ndimage.correlate1d(
-        x_NHW, gaussian_taps(float(sigma), 3.0), axis=axis, output=np.float32, mode="reflect"
-    )
+    return ndimage.correlate1d(x_NHW, gaussian_taps(float(sigma), 3.0), axis=axis, output=np.float32, mode="reflect")

@@ -55,9 +55,7 @@ def mean_ce(
     five errors within 0..100.
     """
     if protocol not in MCE_PROTOCOLS:
-        raise ValueError(
-            f"mCE: defined on ImageNet-C only, not on {protocol!r}; use mean_corruption_accuracy there"
-        )
+        raise ValueError(f"mCE: defined on ImageNet-C only, not on {protocol!r}; use mean_corruption_accuracy there")
     missing = [c for c in MAIN if c not in errors]
     if missing:
         raise ValueError(f"mCE: needs all 15 main corruptions, missing: {', '.join(missing)}")
@@ -67,9 +65,7 @@ def mean_ce(
     ]
     for name, values, count in checked:
         if len(values) != count or not all(0 <= float(v) <= 100 for v in values):
-            raise ValueError(
-                f"mCE: {name}: {list(values)} given, {count} error(s) in percent (0..100) needed"
-            )
+            raise ValueError(f"mCE: {name}: {list(values)} given, {count} error(s) in percent (0..100) needed")
 
     def mean(values):
         return math.fsum(values) / len(values)

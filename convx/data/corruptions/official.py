@@ -46,12 +46,8 @@ ARCHIVES: dict[str, Archive] = {
         Archive("cifar100_c", 3555552, "CIFAR-100-C.tar", 2_918_473_216, "11f0ed0f1191edbf9fa23466ae6021d3"),
         Archive("imagenet_c_noise", 2235448, "noise.tar", 22_565_673_785, "e80562d7f6c3f8834afb1ecf27252745"),
         Archive("imagenet_c_blur", 2235448, "blur.tar", 7_112_704_951, "2d8e81fdd8e07fef67b9334fa635e45c"),
-        Archive(
-            "imagenet_c_weather", 2235448, "weather.tar", 12_797_438_995, "33ffea4db4d93fe4a428c40a6ce0c25d"
-        ),
-        Archive(
-            "imagenet_c_digital", 2235448, "digital.tar", 7_757_510_705, "89157860d7b10d5797849337ca2e5c03"
-        ),
+        Archive("imagenet_c_weather", 2235448, "weather.tar", 12_797_438_995, "33ffea4db4d93fe4a428c40a6ce0c25d"),
+        Archive("imagenet_c_digital", 2235448, "digital.tar", 7_757_510_705, "89157860d7b10d5797849337ca2e5c03"),
         Archive("imagenet_c_extra", 2235448, "extra.tar", 15_789_490_144, "d492dfba5fc162d8ec2c3cd8ee672984"),
     )
 }
@@ -155,9 +151,7 @@ class JpegFolder:
         with Image.open(path) as picture:
             image = np.asarray(picture.convert("RGB"))
         if image.shape != self.shape[2:]:
-            raise ValueError(
-                f"{path}: {image.shape[:2]} px, {self.shape[2:4]} expected as in the rest of the set"
-            )
+            raise ValueError(f"{path}: {image.shape[:2]} px, {self.shape[2:4]} expected as in the rest of the set")
         return image
 
 
@@ -184,9 +178,7 @@ class OfficialImageNet(Mapping[str, JpegFolder]):
             if place is not None:
                 self.roots[corruption] = place
         if not self.roots:
-            raise ValueError(
-                f"{folder}: no <corruption>/<severity>/<wnid>/ folder of ImageNet-C there; unpack it"
-            )
+            raise ValueError(f"{folder}: no <corruption>/<severity>/<wnid>/ folder of ImageNet-C there; unpack it")
         for root in self.roots.values():
             for severity in SEVERITIES:
                 files = _image_files(root / str(severity))
@@ -201,9 +193,7 @@ class OfficialImageNet(Mapping[str, JpegFolder]):
         position = {name: i for i, name in enumerate(classes)}
         unknown = sorted(set(names) - set(position))
         if unknown:
-            raise ValueError(
-                f"{folder}: class folder {unknown[0]} is not among the {len(classes)} classes given"
-            )
+            raise ValueError(f"{folder}: class folder {unknown[0]} is not among the {len(classes)} classes given")
         self.classes = tuple(classes)
         self.labels_N = np.array([position[name] for name in names], np.int64)
         with Image.open(next(iter(self.roots.values())) / "1" / self.files[0]) as first:
@@ -235,11 +225,7 @@ def _image_files(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise ValueError(f"{root}: missing; ImageNet-C has the severities 1 to 5 of each corruption")
     found = (
-        p
-        for kind in root.iterdir()
-        if kind.is_dir()
-        for p in kind.iterdir()
-        if p.suffix.lower() in (".jpeg", ".jpg")
+        p for kind in root.iterdir() if kind.is_dir() for p in kind.iterdir() if p.suffix.lower() in (".jpeg", ".jpg")
     )
     files = tuple(sorted(f"{p.parent.name}/{p.name}" for p in found))
     if not files:
@@ -267,7 +253,5 @@ def open_official(
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if any(folder.glob("*.npy")):
-        return OfficialCifar(
-            folder, images, None if clean_labels is None else np.asarray(clean_labels, np.int64)
-        )
+        return OfficialCifar(folder, images, None if clean_labels is None else np.asarray(clean_labels, np.int64))
     return OfficialImageNet(folder, wnids)

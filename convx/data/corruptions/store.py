@@ -80,9 +80,7 @@ def _locked(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is building corruptions there; wait for it"
-            ) from None
+            raise ValueError(f"{folder}: another process is building corruptions there; wait for it") from None
         yield
 
 
@@ -105,9 +103,7 @@ def _work(job) -> tuple[str, int]:
     if _OPEN.get("target_name") != target:
         _OPEN["target"], _OPEN["target_name"] = np.load(target, mmap_mode="r+"), target
     images = np.ascontiguousarray(_OPEN["source"][start:stop])
-    _OPEN["target"][row, start:stop] = corrupt_batch(
-        images, corruption, severity, protocol, range(start, stop), seed
-    )
+    _OPEN["target"][row, start:stop] = corrupt_batch(images, corruption, severity, protocol, range(start, stop), seed)
     return corruption, stop - start
 
 
@@ -191,9 +187,7 @@ def _finished(folder: Path, identity: dict, known: tuple[str, ...]) -> dict[str,
 
     ValueError where the folder holds arrays that no build wrote, say a published set: they are never removed.
     """
-    arrays = [
-        path for c in known for path in (folder / f"{c}.npy", folder / f"{c}.npy.part") if path.is_file()
-    ]
+    arrays = [path for c in known for path in (folder / f"{c}.npy", folder / f"{c}.npy.part") if path.is_file()]
     records = [folder / name for name in (META, STATE) if (folder / name).is_file()]
     if arrays and not records:
         raise ValueError(f"{folder}: holds {arrays[0].name} but no {META} of a build; give another folder")
@@ -218,9 +212,7 @@ def _jobs(shape, protocol, missing, severities, folder, seed) -> Iterator[tuple]
     size = int(np.prod(shape)) * len(severities) * len(missing)
     free = shutil.disk_usage(folder).free
     if size > free:  # a full disk would kill the workers that write through memory maps
-        raise ValueError(
-            f"{folder}: {size / 1e9:.1f} GB needed for the corrupted set, {free / 1e9:.1f} GB free"
-        )
+        raise ValueError(f"{folder}: {size / 1e9:.1f} GB needed for the corrupted set, {free / 1e9:.1f} GB free")
     chunk = max(1, CHUNK_BYTES // int(np.prod(shape[1:])))
     for corruption in missing:
         part = folder / f"{corruption}.npy.part"
@@ -276,9 +268,7 @@ def _pool(workers: int, source: str):
             _OPEN.clear()
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(source,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(source,)) as pool:
 
         def run(jobs):
             jobs = iter(jobs)
@@ -304,9 +294,7 @@ class CorruptedSet(Mapping[str, np.ndarray]):
         self.protocol: str = meta["protocol"]
         self.label: str = meta["label"]
         self.severities: tuple[int, ...] = tuple(meta["severities"])
-        self.labels_N: np.ndarray | None = (
-            None  # those of the images that were corrupted: kept with their data set
-        )
+        self.labels_N: np.ndarray | None = None  # those of the images that were corrupted: kept with their data set
 
     def __getitem__(self, corruption: str) -> np.ndarray:
         if corruption not in self.meta["corruptions"]:
@@ -350,17 +338,13 @@ def open_corrupted(folder: str | Path) -> CorruptedSet:
     except ValueError as error:
         raise ValueError(f"{folder / META}: not JSON ({error}); build the set again") from None
     if meta.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{folder / META}: schema_version {meta.get('schema_version')!r}, {SCHEMA_VERSION} is needed"
-        )
+        raise ValueError(f"{folder / META}: schema_version {meta.get('schema_version')!r}, {SCHEMA_VERSION} is needed")
     result = CorruptedSet(folder, meta)
     for corruption in result:
         try:
             shape, kind = result[corruption].shape, result[corruption].dtype
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder / corruption}.npy: cannot be opened ({error}); build the set again"
-            ) from None
+            raise ValueError(f"{folder / corruption}.npy: cannot be opened ({error}); build the set again") from None
         expected = (len(result.severities), *meta["shape"])
         if shape != expected or kind != np.uint8:
             raise ValueError(f"{folder / corruption}.npy: {kind} {shape} found, uint8 {expected} expected")

@@ -38,9 +38,7 @@ class Streams:
             bits.state,
         )  # a copy of the state: buffer empty, no half word
         for index in self.indices:
-            state["state"]["key"][:] = stream_key(
-                self.seed, self.protocol, self.corruption, self.severity, index
-            )
+            state["state"]["key"][:] = stream_key(self.seed, self.protocol, self.corruption, self.severity, index)
             bits.state = state
             yield generator
 

@@ -149,9 +149,7 @@ def glass_blur(x, streams, c, protocol):
     for out, rng in zip(shift, streams, strict=True):
         step = rng.integers(-reach, reach, size=(rounds, len(order), 2), dtype=np.int8)  # column, row
         out[:] = (step[..., 1] * np.int32(width) + step[..., 0])[:, order]
-    source = (shift + pixel.astype(np.int32)).transpose(1, 2, 0) * np.int32(count) + np.arange(
-        count, dtype=np.int32
-    )
+    source = (shift + pixel.astype(np.int32)).transpose(1, 2, 0) * np.int32(count) + np.arange(count, dtype=np.int32)
     source = np.ascontiguousarray(source)
 
     start = np.zeros((count, height * width, 4), np.uint8)
@@ -251,9 +249,7 @@ def elastic_transform(x, streams, c, protocol):
     )
     affine = protocol.elastic == "affine"
     corners = np.empty((count, 3, 2))
-    field = np.empty(
-        (2, count, height, width), np.float32
-    )  # columns first, then rows: the order of the draws
+    field = np.empty((2, count, height, width), np.float32)  # columns first, then rows: the order of the draws
     for n, rng in enumerate(streams):
         if affine:
             corners[n] = rng.random((3, 2))
@@ -275,9 +271,7 @@ def elastic_transform(x, streams, c, protocol):
         for axis, sigma in zip((1, 2), smoothing, strict=True):
             part[:] = filters.line_gaussian(part, sigma, axis)
     field *= np.float32(strength)
-    return filters.to_uint8(
-        filters.bilinear(y, grid_rows + field[1], grid_columns + field[0], repeat_edge=True)
-    )
+    return filters.to_uint8(filters.bilinear(y, grid_rows + field[1], grid_columns + field[0], repeat_edge=True))
 
 
 def _affine_positions(moves_N32: np.ndarray, height: int, width: int):
@@ -290,16 +284,12 @@ def _affine_positions(moves_N32: np.ndarray, height: int, width: int):
     low, high = [m - half for m in centre], [m + half for m in centre]
     from_32 = np.array([high, [high[0], low[1]], low], np.float64)
     to_N32 = from_32 + moves_N32
-    along_x = (to_N32[:, 1] - to_N32[:, 2]) / (
-        from_32[1, 0] - from_32[2, 0]
-    )  # image of the unit step in x: [N, 2]
+    along_x = (to_N32[:, 1] - to_N32[:, 2]) / (from_32[1, 0] - from_32[2, 0])  # image of the unit step in x: [N, 2]
     along_y = (to_N32[:, 0] - to_N32[:, 1]) / (from_32[0, 1] - from_32[1, 1])
     origin = to_N32[:, 2] - along_x * from_32[2, 0] - along_y * from_32[2, 1]
     a, c, b, d = along_x[:, 0], along_x[:, 1], along_y[:, 0], along_y[:, 1]
     determinant = a * d - b * c
     x = np.arange(width)[None, None, :] - origin[:, 0][:, None, None]
     y = np.arange(height)[None, :, None] - origin[:, 1][:, None, None]
-    a, b, c, d = (
-        v[:, None, None] for v in (a / determinant, b / determinant, c / determinant, d / determinant)
-    )
+    a, b, c, d = (v[:, None, None] for v in (a / determinant, b / determinant, c / determinant, d / determinant))
     return (a * y - c * x).astype(np.float32), (d * x - b * y).astype(np.float32)

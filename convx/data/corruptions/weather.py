@@ -58,9 +58,7 @@ def _frost_folder() -> Path:
     """The pictures in the package ``imagecorruptions``; found without importing it, which takes seconds."""
     spec = importlib.util.find_spec("imagecorruptions")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "frost: needs the pictures of the package imagecorruptions; install imagecorruptions-imaug"
-        )
+        raise ValueError("frost: needs the pictures of the package imagecorruptions; install imagecorruptions-imaug")
     return Path(spec.submodule_search_locations[0]) / "frost"
 
 
@@ -168,9 +166,7 @@ def spatter(x, streams, c, protocol):
     mean, deviation, smoothing, threshold, strength, is_mud = c
     y = np.empty(x.shape, np.float32)
     for image, out, rng in zip(x, y, streams, strict=True):
-        field = np.float32(mean) + np.float32(deviation) * rng.standard_normal(
-            image.shape[:2], dtype=np.float32
-        )
+        field = np.float32(mean) + np.float32(deviation) * rng.standard_normal(image.shape[:2], dtype=np.float32)
         liquid = filters.gaussian(field[None, ..., None], smoothing)[0, ..., 0]
         liquid[liquid < threshold] = 0
         if is_mud:
