@@ -222,17 +222,19 @@ def recast_attention(
     position_lr_factor: float = 1.0,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a copy in which every matching convolution is gated positional self-attention that computes the same function.
+    """Return a copy whose matching convolutions are gated positional self-attention, the same function.
 
-    T-CNN (d'Ascoli et al. 2021, arXiv 2106.05795). Takes any ``nn.Conv2d`` whose kernel covers more than one pixel, and timm's
-    ``Conv2dSame``. ``locality`` is alpha in 1/pixel^2: the relative error of a layer is about 4 exp(-alpha), and so is the
-    gradient that could move its heads; at 15 the error is that of float32 and Adam still moves them. ``gate`` "linear" starts
-    as the convolution exactly (``gate_init`` None: 0), "sigmoid" with a share sigmoid(-gate_init) of content (None: 5).
-    ``border`` "zero_halo" keeps the convolution's padding, "replicate" gives it up. ``key_dim`` is the width of q and k per
-    head (None: max(8, C_in // taps)). Controls: ``filters="random"`` redraws the filters, ``positions="random"`` starts
-    without locality, ``frozen`` keeps "gates" (and what only an open gate would train) or "projections" (q, k, v) fixed.
-    ``gate_lr_factor`` and ``position_lr_factor`` multiply the learning rate of gates and positions. ``seed`` draws q, k and
-    whatever else is random. Raises ``ValueError`` for a value out of range, an unknown choice or a pattern without a match.
+    T-CNN (d'Ascoli et al. 2021, arXiv 2106.05795). Takes any ``nn.Conv2d`` whose kernel covers more than one
+    pixel, and timm's ``Conv2dSame``. ``locality`` is alpha in 1/pixel^2: the relative error of a layer is
+    about 4 exp(-alpha), and so is the gradient that could move its heads; at 15 the error is that of float32
+    and Adam still moves them. ``gate`` "linear" starts as the convolution exactly (``gate_init`` None: 0),
+    "sigmoid" with a share sigmoid(-gate_init) of content (None: 5). ``border`` "zero_halo" keeps the
+    convolution's padding, "replicate" gives it up. ``key_dim`` is the width of q and k per head (None: max(8,
+    C_in // taps)). Controls: ``filters="random"`` redraws the filters, ``positions="random"`` starts without
+    locality, ``frozen`` keeps "gates" (and what only an open gate would train) or "projections" (q, k, v)
+    fixed. ``gate_lr_factor`` and ``position_lr_factor`` multiply the learning rate of gates and positions.
+    ``seed`` draws q, k and whatever else is random. Raises ``ValueError`` for a value out of range, an
+    unknown choice or a pattern without a match.
     """
     from convx.layers.gpsa import GatedPositionalAttention, is_same_conv
 
@@ -250,7 +252,7 @@ def recast_attention(
         frozen=(frozen, ("none", "gates", "projections")),
     )
     if gate == "linear" and not 0 <= (gate_init or 0) <= 1:
-        raise ValueError(f"gate_init={gate_init!r} is out of range: a linear gate is a share, 0 <= gate_init <= 1")
+        raise ValueError(f"gate_init={gate_init!r} is out of range: for a linear gate, 0 <= gate_init <= 1")
 
     def make(name: str, conv: nn.Conv2d) -> nn.Module:
         layer = GatedPositionalAttention.from_conv(

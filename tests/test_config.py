@@ -42,7 +42,7 @@ BROKEN = [
     ({"data__image_size": "big"}, "data.image_size: 'big' should be of type", "integer"),
     ({"data__image_size": 16}, "corruptions need images of at least 32 px, these have 16", "data.image_size"),
     ({"data__validation": -0.5}, "data.validation: -0.5 is out of range", ">= 0"),
-    ({"data__train_images": 0}, "data.train_images: 0 is out of range", ">= 1"),
+    ({"data__train_images": -1}, "data.train_images: -1 is out of range", ">= 0"),
     ({"study": "Tiny Study"}, "study: 'Tiny Study' is not valid", "a-z0-9_"),
     ({"study": ...}, "the key 'study' is missing", ""),
     ({"baseline": "cnnn"}, "baseline: 'cnnn' is not a variant of the study", "cnn"),
