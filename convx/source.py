@@ -113,7 +113,7 @@ def _layers_of(relative: str) -> frozenset[str]:
 @lru_cache
 def _surgery_parts() -> tuple[str, dict[str, tuple[str, frozenset[str]]]]:
     """Return the digest of what all verbs share in surgery.py, and {verb: (digest of its function, its layer files)}."""
-    shared, verbs = [], {}
+    shared, verbs = [_file_digest("replacing.py")], {}
     for node in _tree("surgery.py").body:
         if isinstance(node, ast.FunctionDef) and node.name in VERBS:
             layers = set(_imported(node, "layers"))

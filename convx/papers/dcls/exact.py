@@ -11,7 +11,7 @@ from torch import nn
 from convx.evaluate.cost import macs, parameter_counts
 from convx.layers.dcls_spacings import iso_parameter_kernel_count
 from convx.models import create_model
-from convx.surgery import is_spatial_conv, replace
+from convx.replacing import is_spatial_conv, replace
 
 SIZES = {"t": "timm/convnext_tiny", "s": "timm/convnext_small", "b": "timm/convnext_base"}
 SIDE = 17  # of the constructed kernel in every stage
