@@ -269,6 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
     a = build_parser().parse_args(arguments)
     try:
         a.run(a)
+    except BrokenPipeError:  # the reader, e.g. head, has seen enough
+        sys.stderr.close()
+        return 0
     except (ValueError, FileNotFoundError) as error:
         from convx.config import ConfigError
 

@@ -32,7 +32,8 @@ def listing(what: str) -> str:
         from convx.data import describe_sets
 
         rows = describe_sets()
-        return table(list(rows[0]), [list(row.values()) for row in rows])
+        cells = [["varies" if value is None else value for value in row.values()] for row in rows]
+        return table(list(rows[0]), cells)
     if what == "verbs":
         from convx.source import surgery_signatures
 
@@ -90,7 +91,7 @@ def explain(study_file: str | Path, name: str) -> str:
     """Return every number of a variant in a study, with its origin.
 
     The origin is the one that the paper's variants.yaml gives for a value; a value that the study sets names the study file
-    and the line's comment, if it has one; the rest are convx's defaults.
+    and comment of its line, which says whether it is a paper's; the rest are convx's defaults.
     """
     study = config.load_study(study_file)
     if name not in study["variants"]:
@@ -100,10 +101,10 @@ def explain(study_file: str | Path, name: str) -> str:
                 f"{study_file}: variant {name!r} is declared but not in this study; it has {', '.join(known)}"
             )
         raise ConfigError(f"{study_file}: variant {name!r} is unknown{nearest(name, known)}")
-    declaration, settings = config.declaration(study, name), config.variant_settings(study, name)
+    own, settings = config.declaration(study, name), config.variant_settings(study, name)
     override = study["variants"][name]
     comments = _comments(study_file)
-    origins = declaration.get("origin", {})
+    origins = own.get("origin", {})
     rows = []
 
     def row(path: str, value, where: str) -> None:
@@ -114,51 +115,62 @@ def explain(study_file: str | Path, name: str) -> str:
         for length in range(len(parts), 0, -1):
             if (key := ".".join(parts[:length])) in origins:
                 return origins[key]
-        return f"convx/papers/{declaration['paper']}/variants.yaml"
+        return f"convx/papers/{own['paper']}/variants.yaml"
 
-    host = "model" not in declaration and "model" not in override
+    def chosen(path: str) -> str:
+        return f"{comments.get(path, 'own choice')} [{study_file}: {path.rpartition('.')[0]}]"
+
+    host = "model" not in own and "model" not in override
     row(
         "model.name",
         settings["model"]["name"],
-        f"host of {study_file}" if host else declared_origin("model.name"),
+        f"own choice [{study_file}: host]" if host else declared_origin("model.name"),
     )
     for key, value in settings["model"]["settings"].items():
         row(
             f"model.settings.{key}",
             value,
-            f"host of {study_file}" if host else declared_origin(f"model.settings.{key}"),
+            f"own choice [{study_file}: host]" if host else declared_origin(f"model.settings.{key}"),
         )
     for place, step in enumerate(settings["surgery"]):
         for key, value in step.items():
-            origin = f"own choice: {study_file}" if "surgery" in override else declared_origin(f"surgery.{place}.{key}")
+            origin = (
+                f"own choice [{study_file}: variants.{name}]"
+                if "surgery" in override
+                else declared_origin(f"surgery.{place}.{key}")
+            )
             row(f"surgery.{place}.{key}", value, origin)
     for key, value in settings["objective"].items():
         row(
             f"objective.{key}",
             value,
-            declared_origin(f"objective.{key}") if "objective" in declaration else "convx default",
+            declared_origin(f"objective.{key}") if "objective" in own else "own choice: convx's default",
         )
     for key in ("start_from", "at_epoch"):
         if settings[key] is not None:
-            row(key, settings[key], f"own choice: {study_file}" if key in override else declared_origin(key))
+            row(
+                key,
+                settings[key],
+                f"own choice [{study_file}: variants.{name}]" if key in override else declared_origin(key),
+            )
     recipe_name = settings["recipe"]
     recipe = study["recipes"][recipe_name]
     for key, value in config.training_settings(study, name).items():
         if key in override.get("training", {}):
-            origin = f"{study_file}: variants.{name}.training" + comments.get(f"variants.{name}.training.{key}", "")
-        elif key in declaration.get("training", {}):
+            origin = chosen(f"variants.{name}.training.{key}")
+        elif key in own.get("training", {}):
             origin = declared_origin(f"training.{key}")
         elif key in recipe:
-            origin = f"{study_file}: recipes.{recipe_name}" + comments.get(f"recipes.{recipe_name}.{key}", "")
+            origin = chosen(f"recipes.{recipe_name}.{key}")
         else:
-            origin = "convx default"
+            origin = "own choice: convx's default"
         row(f"training.{key}", value, origin)
     row(
         "seeds",
         config.seeds(study, name),
-        f"{study_file}: " + (f"variants.{name}.seeds" if "seeds" in override else "seeds"),
+        f"own choice [{study_file}" + (f": variants.{name}]" if "seeds" in override else "]"),
     )
-    head = f"{name} ({declaration['paper']}): {declaration['description']}\n\n"
+    head = f"{name} ({own['paper']}): {own['description']}\n\n"
     return head + table(["value", "is", "origin"], rows)
 
 
@@ -168,7 +180,7 @@ def _short(value) -> str:
 
 
 def _comments(file: str | Path) -> dict[str, str]:
-    """Return {dotted path: " (comment)"} of the lines of a YAML file that end in a comment."""
+    """Return {dotted path: comment} of the lines of a YAML file that end in a comment."""
     found, stack = {}, []
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         match = re.match(r"^( *)([\w-]+):(?:[^#]*)(?:#\s*(.*))?$", line)
@@ -177,5 +189,5 @@ def _comments(file: str | Path) -> dict[str, str]:
         indent, key, comment = len(match.group(1)), match.group(2), match.group(3)
         stack = [entry for entry in stack if entry[0] < indent] + [(indent, key)]
         if comment:
-            found[".".join(k for _, k in stack)] = f" ({comment.strip()})"
+            found[".".join(k for _, k in stack)] = comment.strip()
     return found

@@ -340,7 +340,7 @@ def learnable_spacings(
 def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int = 0) -> nn.Module:
     """Return a copy that keeps the tap positions and widths of its DCLS layers for good and draws all else anew.
 
-    The control of arXiv 2112.03740 that tells good positions from positions learned together with the weights. Every other
+    A control for arXiv 2112.03740 that tells good positions from positions learned together with the weights. Every other
     module starts from its own ``reset_parameters``; ``ValueError`` names a module that has parameters and none.
     """
     from convx.layers.dcls import DCLSConv2d

@@ -249,7 +249,7 @@ def test_explain_names_an_origin_for_every_number():
     lines = {line.split()[0]: line for line in text.splitlines()[4:]}
     assert "own choice" in lines["surgery.0.locality"]
     assert "recipes.finetune" in lines["training.lr"]
-    assert "convx default" in lines["training.momentum"]
+    assert "own choice: convx's default" in lines["training.momentum"]
     with pytest.raises(ConfigError, match="did you mean 'tcnn'"):
         explain(REPOSITORY / "config" / "config.yaml", "tcn")
 

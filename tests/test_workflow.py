@@ -288,3 +288,27 @@ def test_a_partial_start_takes_a_kept_epoch(tmp_path):
     tuned = pd.read_csv(house.results("histories", "cnn_finetuned", "seed0.csv")).set_index("epoch")
     assert tuned.loc[0, "validation_top1"] == cnn.loc[1, "validation_top1"]
     assert tuned.loc[0, "validation_loss"] == pytest.approx(cnn.loc[1, "validation_loss"], rel=1e-6)
+
+
+def test_a_users_operator_beside_the_controls(house):
+    """`convx compare` takes the study's metrics over: the user's variant is trained, and the baseline it is paired with."""
+    (house.root / "mine.py").write_text(
+        "from torch import nn\n\n\ndef dropped(model):\n    model.fc = nn.Sequential(nn.Dropout(0.1), model.fc)\n    return model\n"
+    )
+    house.write()
+    command = [sys.executable, "-m", "convx", "compare", "--study", "config/tiny.yaml", "--surgery", "mine.py:dropped"]
+    result = subprocess.run(
+        [*command, "--name", "dropped", "--cores", "2"], cwd=house.root, env=house.environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "`dropped`" in result.stdout
+    results = house.root / "results" / "tiny_dropped"
+    table = pd.read_csv(results / "tables" / "comparison.csv").set_index("variant")
+    assert list(table.index) == [*TINY["variants"], "dropped"]
+    assert set(table["status"]) == {"ok"}
+    assert {path.name for path in (results / "runs").iterdir()} == {"cnn", "dropped"}
+    (house.root / "mine.py").write_text((house.root / "mine.py").read_text().replace("0.1", "0.2"))
+    again = subprocess.run(
+        [*command, "--name", "dropped", "--dry-run"], cwd=house.root, env=house.environment, capture_output=True, text=True
+    )
+    assert "rule train" in again.stdout + again.stderr  # an edit in the user's file counts

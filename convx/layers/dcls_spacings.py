@@ -25,9 +25,7 @@ def same_geometry(conv: nn.Conv2d, size: int | tuple[int, int] | None):
         own = [0, 0] if own == "valid" else [(r - 1) / 2 for r in reach]
     padding = [p + (s - r) / 2 for p, s, r in zip(own, sizes, reach)]
     if any(p != int(p) or p < 0 for p in padding):
-        raise ValueError(
-            f"dilated_kernel_size={size} cannot keep the output size of a {reach[0]}x{reach[1]} kernel"
-        )
+        raise ValueError(f"dilated_kernel_size={size} cannot keep the output size of a {reach[0]}x{reach[1]} kernel")
     return tuple(sizes), tuple(map(int, padding))
 
 

@@ -73,8 +73,7 @@ def depthwise_conv2d(
         return F.conv2d(x_NCHW, kernel_C1hw, bias_C, stride, padding, groups=x_NCHW.shape[1])
     # Taps that never meet the image are cut: along n pixels only lags from -(out - 1) to n - 1 count.
     cuts = [
-        (min(0, out - 1 - p), min(0, n + p - k))
-        for n, k, p, out in zip(sizes, kernel_C1hw.shape[-2:], padding, outs)
+        (min(0, out - 1 - p), min(0, n + p - k)) for n, k, p, out in zip(sizes, kernel_C1hw.shape[-2:], padding, outs)
     ]
     kernel_Chw = F.pad(kernel_C1hw[:, 0], (*cuts[1], *cuts[0]))
     offsets = tuple(p + cut[0] for p, cut in zip(padding, cuts))
@@ -123,16 +122,12 @@ class _Toeplitz(torch.autograd.Function):
         g_CNQ = g_NCHW.reshape(N, C, Ho * Wo).transpose(0, 1)
         grad_x = grad_kernel = None
         if ctx.needs_input_grad[0]:
-            matrix = _Toeplitz._matrix(
-                kernel_Chw, (H, W), ctx.offsets, ctx.outs
-            )  # rebuilt: cheaper than to keep
+            matrix = _Toeplitz._matrix(kernel_Chw, (H, W), ctx.offsets, ctx.outs)  # rebuilt: cheaper than to keep
             grad_x = torch.bmm(g_CNQ, matrix.transpose(1, 2)).transpose(0, 1).reshape(N, C, H, W)
             grad_x = _like(grad_x, x_NCHW)
         if ctx.needs_input_grad[1]:
             x_CPN = x_NCHW.reshape(N, C, H * W).permute(1, 2, 0)
-            turned_CNQ = (
-                g_NCHW.flip(2, 3).reshape(N, C, Ho * Wo).transpose(0, 1)
-            )  # so that lags grow with u + i
+            turned_CNQ = g_NCHW.flip(2, 3).reshape(N, C, Ho * Wo).transpose(0, 1)  # so that lags grow with u + i
             pairs = torch.bmm(x_CPN, turned_CNQ).reshape(C, H, W, Ho, Wo)
             rows = pairs.new_zeros(C, H, Ho, W + Wo - 1)  # summed over equal v + j, one column at a time
             for v in range(W):
