@@ -5,6 +5,8 @@ The Snakefile makes one ``Plan`` and its rules name the plan's methods as input 
 """
 
 import json
+import os
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +15,13 @@ from convx.config import ConfigError
 from convx.source import ledger_digest, source_digest
 
 METRICS = ("training", "evaluation")  # of every run; "cost" is of a variant's first seed
+
+
+def prefer_this_python() -> None:
+    """Let jobs find the `convx` of the Python that runs Snakemake, also when its environment is not activated."""
+    here = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != here:
+        os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
 
 
 class Plan:

@@ -6,6 +6,8 @@ rule data:
     benchmark:
         f"logs/{plan.name}/data.benchmark.tsv"
     retries: 2
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=3000,
@@ -26,6 +28,8 @@ rule corrupt:
         f"logs/{plan.name}/corrupt.log",
     benchmark:
         f"logs/{plan.name}/corrupt.benchmark.tsv"
+    conda:
+        "../../envs/environment.yaml"
     threads: 32
     resources:
         mem_mb=3000,

@@ -10,6 +10,8 @@ rule evaluate:
         "logs/{study}/evaluate/{variant}.seed{seed}.log",
     benchmark:
         "logs/{study}/evaluate/{variant}.seed{seed}.benchmark.tsv"
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         gpu=plan.gpu,
@@ -35,6 +37,8 @@ rule measure:
         "logs/{study}/measure/{variant}.seed{seed}.log",
     benchmark:
         "logs/{study}/measure/{variant}.seed{seed}.benchmark.tsv"
+    conda:
+        "../../envs/environment.yaml"
     threads: 10000
     resources:
         gpu=plan.gpu,

@@ -10,6 +10,8 @@ rule study:
         "results/{study}/study.json",
     log:
         "logs/{study}/study.log",
+    conda:
+        "../../envs/environment.yaml"
     params:
         study=plan.study_json,
     shell:
@@ -21,6 +23,8 @@ rule exact:
         "results/{study}/exact.json",
     log:
         "logs/{study}/exact.log",
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     params:
         source=plan.exact_source,
@@ -50,6 +54,8 @@ rule tables:
         f"results/{plan.name}/tables/replication.md",
     log:
         f"logs/{plan.name}/tables.log",
+    conda:
+        "../../envs/environment.yaml"
     params:
         source=plan.report_source,
     shell:
@@ -58,8 +64,8 @@ rule tables:
 
 rule figures_drawn:
     input:
-        f"results/{plan.name}/tables/runs.csv",
-        f"results/{plan.name}/tables/replication.csv",
+        runs=f"results/{plan.name}/tables/runs.csv",
+        claims=f"results/{plan.name}/tables/replication.csv",
     output:
         report(
             directory(f"results/{plan.name}/figures"),
@@ -70,16 +76,18 @@ rule figures_drawn:
         ),
     log:
         f"logs/{plan.name}/figures.log",
+    conda:
+        "../../envs/environment.yaml"
     params:
         source=plan.report_source,
     shell:
-        "convx figures $(dirname $(dirname {input[0]})) > {log} 2>&1"
+        "convx figures $(dirname $(dirname {input.runs})) > {log} 2>&1"
 
 
 rule page:
     input:
-        f"results/{plan.name}/tables/replication.csv",
-        f"results/{plan.name}/figures",
+        claims=f"results/{plan.name}/tables/replication.csv",
+        figures=f"results/{plan.name}/figures",
     output:
         report(
             f"results/{plan.name}/report/index.html",
@@ -89,10 +97,12 @@ rule page:
         ),
     log:
         f"logs/{plan.name}/page.log",
+    conda:
+        "../../envs/environment.yaml"
     params:
         source=plan.report_source,
     shell:
-        "convx page $(dirname {input[1]}) > {log} 2>&1"
+        "convx page $(dirname {input.figures}) > {log} 2>&1"
 
 
 rule report:

@@ -3,6 +3,8 @@ rule recipe:
         "results/{study}/recipes/{variant}/seed{seed}.json",
     log:
         "logs/{study}/recipes/{variant}.seed{seed}.log",
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     params:
         recipe=plan.recipe_json,
@@ -24,6 +26,8 @@ rule train:
         "logs/{study}/train/{variant}.seed{seed}.log",
     benchmark:
         "logs/{study}/train/{variant}.seed{seed}.benchmark.tsv"
+    conda:
+        "../../envs/environment.yaml"
     threads: plan.threads
     resources:
         gpu=plan.gpu,
