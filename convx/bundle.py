@@ -1,17 +1,21 @@
 """Results that travel: archives of a study's metrics and histories, and forgetting failed runs. No torch."""
 
+import gzip
 import hashlib
 import io
 import json
 import re
+import shutil
 import tarfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-from convx.config import ConfigError
+from convx.config import ConfigError, nearest
 from convx.manifest import atomic, read_json
 
 LIST = "SHA256SUMS.json"
 BUNDLE_SCHEMA_VERSION = 1
+NAME = r"[a-z0-9_]+"  # of a study, as in its schema
 
 
 def _study_folder(folder: str | Path) -> Path:
@@ -24,13 +28,11 @@ def _study_folder(folder: str | Path) -> Path:
 def retry(folder: str | Path, variant: str | None = None) -> list[str]:
     """Remove the records of failed runs, so that the workflow makes them again; returns a line for each.
 
-    A failed training takes its weights, history and everything measured on it along; a failed evaluation or measurement
-    goes alone.
+    A failed training takes its weights, history and everything measured on it along; a failed evaluation or
+    measurement goes alone.
     """
     folder = _study_folder(folder)
     if variant is not None and not (folder / "metrics" / variant).is_dir():
-        from convx.config import nearest
-
         known = [entry.name for entry in (folder / "metrics").iterdir()]
         raise ConfigError(f"{folder}: no metrics of variant {variant!r}{nearest(variant, known)}")
     lines = []
@@ -56,56 +58,121 @@ def pack(folder: str | Path, out: str | Path | None = None, weights: bool = Fals
 
     The same content gives the same bytes. Returns one line for the user.
     """
-    folder = _study_folder(folder)
+    folder = _study_folder(folder).resolve()
+    if not re.fullmatch(NAME, folder.name):
+        raise ConfigError(
+            f"{folder}: the folder of a study is named like it, in small letters, digits and underscores"
+        )
     wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "exact.json", "tables/*"]
     if weights:
         wanted.append("runs/**/*.safetensors")
-    files = sorted({file for pattern in wanted for file in folder.glob(pattern) if file.is_file()})
+    found = {file for pattern in wanted for file in folder.glob(pattern) if file.is_file()}
+    files = sorted(
+        file for file in found if not file.name.startswith(".")
+    )  # not what is being written just now
     out = Path(out or f"{folder.name}.convx.tar.gz")
-    sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
     head = {"schema_version": BUNDLE_SCHEMA_VERSION, "study": folder.name, "files": sums}
-    import gzip
-
     with (
         atomic(out) as temporary,
         open(temporary, "wb") as raw,
         gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
-        _add(archive, LIST, json.dumps(head, indent=1).encode())
+        content = json.dumps(head, indent=1).encode()
+        _add(archive, LIST, len(content), io.BytesIO(content))
         for name in sums:
-            _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
+            with open(folder / name, "rb") as stream:
+                _add(archive, f"{folder.name}/{name}", (folder / name).stat().st_size, stream)
     return f"{out}: {len(sums)} files of the study {folder.name}, {out.stat().st_size / 1e6:.2f} MB"
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode = len(content), 0o644
-    archive.addfile(entry, io.BytesIO(content))
+def _add(archive: tarfile.TarFile, name: str, size: int, stream) -> None:
+    entry = tarfile.TarInfo(name)  # owner and times stay zero: they are not content
+    entry.size, entry.mode = size, 0o644
+    archive.addfile(entry, stream)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def unpack(bundle: str | Path, results: str | Path = "results") -> str:
-    """Unpack a bundle below ``results``: every file is checked against the list before the first one is written."""
-    bundle = Path(bundle)
+    """Unpack a bundle below ``results``: every file is checked against the list before the first one is
+    written.
+
+    What is there already and differs is an error: a bundle never overwrites results.
+    """
+    bundle, results = Path(bundle), Path(results)
+    if not bundle.is_file():
+        raise ConfigError(f"{bundle}: there is no such file")
     try:
+        study, expected = _list(bundle)
+        _check(bundle, expected)
+        for name, value in expected.items():
+            target = results / name
+            if target.exists() and _sha256(target) != value:
+                raise ConfigError(
+                    f"{target}: is there already and is not the bundle's; move {results / study} away, or "
+                    f"unpack elsewhere "
+                    "(--results)"
+                )
         with tarfile.open(bundle, "r:gz") as archive:
-            content = {m.name: archive.extractfile(m).read() for m in archive.getmembers() if m.isfile()}
-    except (tarfile.TarError, EOFError, OSError) as error:
+            for member in archive:
+                if member.name in expected:
+                    with atomic(results / member.name) as temporary, open(temporary, "wb") as stream:
+                        shutil.copyfileobj(archive.extractfile(member), stream)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{bundle}: not a readable bundle ({error}); ask for it again") from None
-    if LIST not in content:
-        raise ConfigError(f"{bundle}: not a bundle of convx (it has no {LIST})")
-    head = json.loads(content.pop(LIST))
-    study = head["study"]
-    expected = {f"{study}/{name}": value for name, value in head["files"].items()}
-    if not re.fullmatch(r"[a-z0-9_]+", study) or set(expected) != set(content):
-        raise ConfigError(f"{bundle}: its files are not those of its list; it is damaged, ask for it again")
-    for name, value in expected.items():
+    return f"{results / study}: {len(expected)} files, all checksums matched"
+
+
+def _list(bundle: Path) -> tuple[str, dict[str, str]]:
+    """Return the study and {path below the results folder: sha256} that a bundle promises, every path
+    harmless."""
+    with tarfile.open(bundle, "r:gz") as archive:
+        first = archive.next()
+        if first is None or first.name != LIST or not first.isfile():
+            raise ConfigError(f"{bundle}: not a bundle of convx (it does not begin with {LIST})")
+        content = archive.extractfile(first).read()
+    try:
+        head = json.loads(content)
+        version, study, files = head["schema_version"], head["study"], dict(head["files"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{bundle}: its {LIST} is not readable; it is damaged, ask for it again") from None
+    if version != BUNDLE_SCHEMA_VERSION:
+        raise ConfigError(
+            f"{bundle}: a bundle of version {version}, this convx reads {BUNDLE_SCHEMA_VERSION}; update convx"
+        )
+    if not (isinstance(study, str) and re.fullmatch(NAME, study)):
+        raise ConfigError(f"{bundle}: {study!r} is not the name of a study")
+    for name in files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
             raise ConfigError(f"{bundle}: {name} would leave the results folder")
-        if hashlib.sha256(content[name]).hexdigest() != value:
-            raise ConfigError(f"{bundle}: {name} does not match its sha256; it is damaged, ask for it again")
-    for name, data in content.items():
-        with atomic(Path(results) / name) as temporary:
-            temporary.write_bytes(data)
-    return f"{Path(results) / study}: {len(content)} files, all checksums matched"
+    return study, {f"{study}/{name}": value for name, value in files.items()}
+
+
+def _check(bundle: Path, expected: dict[str, str]) -> None:
+    """Read the whole archive: the files of the list, each once and with its sha256, and nothing else."""
+    seen = set()
+    with tarfile.open(bundle, "r:gz") as archive:
+        for member in archive:
+            if member.name == LIST and not seen:
+                seen.add(LIST)
+                continue
+            if member.name not in expected or member.name in seen or not member.isfile():
+                raise ConfigError(
+                    f"{bundle}: {member.name} is not a file of its list; it is damaged, ask for it again"
+                )
+            seen.add(member.name)
+            if (
+                hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest()
+                != expected[member.name]
+            ):
+                raise ConfigError(
+                    f"{bundle}: {member.name} does not match its sha256; it is damaged, ask for it again"
+                )
+    if missing := sorted(set(expected) - seen):
+        raise ConfigError(f"{bundle}: {missing[0]} is missing; it is damaged, ask for it again")

@@ -6,114 +6,14 @@ frozen recipe of a run: everything that changes its numbers, and a digest of it.
 """
 
 import copy
-import difflib
-import hashlib
-import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
+from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
 
-PACKAGE = Path(__file__).resolve().parent
-SCHEMAS = next(p for p in (PACKAGE / "schemas", PACKAGE.parent / "workflow" / "schemas") if p.is_dir())
 SCHEMA_VERSION = 1
 MIN_CORRUPTION_SIZE = 32
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's, told in one line."""
-
-
-def nearest(word: str, known) -> str:
-    """Return "; did you mean 'x'?" for the closest known word, or the list of the known ones where none is close."""
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    shown = ", ".join(known[:15]) + (", ..." if len(known) > 15 else "")
-    return f"; valid: {shown}" if known else ""
-
-
-def digest(value) -> str:
-    """Return the first 16 hex digits of the sha256 of a JSON value, independent of key order and spelling."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
-
-
-def read_yaml(file: str | Path, where: str | None = None):
-    """Return the content of a YAML file; a missing or broken file is one line."""
-    where = where or str(file)
-    try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: there is no such file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-@lru_cache
-def schema(name: str) -> dict:
-    """Return a JSON schema of workflow/schemas by name."""
-    return read_yaml(SCHEMAS / f"{name}.schema.yaml")
-
-
-def _deref(node: dict, root: dict) -> dict:
-    if "$ref" in node:
-        return root["$defs"][node["$ref"].rsplit("/", 1)[1]] | {k: v for k, v in node.items() if k != "$ref"}
-    return node
-
-
-def check_schema(value, schema_name: str, where: str) -> None:
-    """Raise ``ConfigError`` for the first violation: the place, what is wrong, and what would be right."""
-    import jsonschema
-
-    root = schema(schema_name)
-    errors = list(jsonschema.Draft202012Validator(root).iter_errors(value))
-    if not errors:
-        return
-    error = min(errors, key=lambda e: (len(e.absolute_path), str(e.absolute_path)))
-    place = ".".join(str(part) for part in error.absolute_path)
-    prefix = f"{where}: " + (f"{place}: " if place else "")
-    found = error.instance
-    if error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
-        word = next(key for key in found if key not in known)
-        raise ConfigError(f"{prefix}unknown key {word!r}{nearest(word, known)}")
-    if error.validator == "required":
-        missing = next(key for key in error.validator_value if key not in found)
-        raise ConfigError(f"{prefix}the key {missing!r} is missing")
-    if error.validator == "enum":
-        raise ConfigError(f"{prefix}{found!r} is not valid{nearest(found, error.validator_value)}")
-    if error.validator == "type":
-        types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        raise ConfigError(f"{prefix}{found!r} should be of type {' or '.join(types)}")
-    limits = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    if error.validator in limits:
-        raise ConfigError(
-            f"{prefix}{found!r} is out of range, it must be {limits[error.validator]} {error.validator_value}"
-        )
-    if error.validator == "uniqueItems":
-        raise ConfigError(f"{prefix}{found!r} holds a value twice")
-    if error.validator == "pattern":
-        raise ConfigError(f"{prefix}{found!r} is not valid; it must match {error.validator_value}")
-    if error.validator in ("minItems", "minProperties"):
-        raise ConfigError(f"{prefix}it is empty; it needs at least {error.validator_value}")
-    raise ConfigError(f"{prefix}{error.message}")
-
-
-def _fill(value, node: dict, root: dict):
-    """Return ``value`` with the schema's defaults in every object of fixed keys (not inside free maps such as recipes)."""
-    node = _deref(node, root)
-    if isinstance(value, dict) and "properties" in node:
-        filled = {key: copy.deepcopy(_deref(sub, root).get("default")) for key, sub in node["properties"].items()}
-        filled |= value
-        return {key: _fill(entry, node["properties"][key], root) for key, entry in filled.items()}
-    return copy.deepcopy(value)
-
-
-@lru_cache
-def recipe_defaults() -> dict:
-    """Return the default of every recipe value."""
-    return {key: sub["default"] for key, sub in schema("study")["$defs"]["recipe"]["properties"].items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- variants
@@ -197,7 +97,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
             raise ConfigError(f"{where}: a study is a mapping of keys, this is {type(source).__name__}")
     where = where or "study"
     check_schema(source, "study", where)
-    study = _fill(source, schema("study"), schema("study"))
+    study = fill(source, schema("study"), schema("study"))
     study["variants"] = {name: entry or {} for name, entry in study["variants"].items()}
     _check_study(study, where)
     return study
@@ -219,15 +119,15 @@ def _check_study(study: dict, where: str) -> None:
             f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}"
         )
     for name, recipe in study["recipes"].items():
-        _check_recipe(recipe, f"{where}: recipes.{name}")
+        _check_recipe(recipe, f"{where}: recipes.{name}", study["data"])
     for name, entry in variants.items():
         here = f"{where}: variants.{name}"
-        merged = variant_settings(study, name)
+        merged = _declared_settings(study, name)
         if merged["recipe"] not in study["recipes"]:
             raise ConfigError(
                 f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}"
             )
-        _check_recipe(entry.get("training", {}), f"{here}.training")
+        _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
         try:
             check_name(merged["model"]["name"])
@@ -237,9 +137,16 @@ def _check_study(study: dict, where: str) -> None:
         _check_start(study, name, where)
 
 
-def _check_recipe(recipe: dict, here: str) -> None:
+def _check_recipe(recipe: dict, here: str, data: dict) -> None:
     from convx.source import optimizer_names
 
+    if scale := recipe.get("crop_scale"):
+        if data["name"] != "folder":
+            raise ConfigError(f"{here}.crop_scale: it is for data.name: folder; {data['name']} has crop_padding")
+        if scale[0] > scale[1]:
+            raise ConfigError(
+                f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest"
+            )
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
             f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}"
@@ -279,9 +186,9 @@ def _check_data(study: dict, where: str) -> None:
 
 
 def _check_start(study: dict, name: str, where: str) -> None:
-    """Follow ``start_from`` from one variant: known, in the study, no cycle, the seeds there, the epoch kept."""
+    """Follow ``start_from`` from one variant: known, in the study, no cycle, the seeds there, an epoch that is there."""
     chain = [name]
-    while (settings := variant_settings(study, chain[-1]))["start_from"]:
+    while (settings := _declared_settings(study, chain[-1]))["start_from"]:
         start, here = settings["start_from"], f"{where}: variants.{chain[-1]}"
         if start not in study["variants"]:
             declared(start, f"{here}.start_from")
@@ -294,15 +201,44 @@ def _check_start(study: dict, name: str, where: str) -> None:
         missing = sorted(set(seeds(study, chain[-1])) - set(seeds(study, start)))
         if missing:
             raise ConfigError(f"{here}: it starts from {start!r}, whose seeds lack {missing[0]}")
-        kept = training_settings(study, start)
-        if settings["at_epoch"] is not None and settings["at_epoch"] not in kept["checkpoints"]:
-            raise ConfigError(
-                f"{here}.at_epoch: {settings['at_epoch']} is not among the checkpoints that {start!r} keeps "
-                f"({kept['checkpoints'] or 'none'}); add it to the `checkpoints` of its recipe"
-            )
-        if settings["model"] != variant_settings(study, start)["model"]:
+        if settings["model"] != _declared_settings(study, start)["model"]:
             raise ConfigError(f"{here}.model: it starts from {start!r}, whose model is another one")
         chain.append(start)
+    for place in reversed(chain):  # the last one first: the epochs of a start may come from its own start
+        _check_partial_start(study, place, f"{where}: variants.{place}")
+
+
+def _check_partial_start(study: dict, name: str, here: str) -> None:
+    """Check ``at_epoch`` and ``budget`` of a variant whose chain of starts is sound."""
+    settings = _declared_settings(study, name)
+    at_epoch, budget, cost = (settings[key] for key in ("at_epoch", "budget", "epoch_cost"))
+    if at_epoch is not None and not settings["start_from"]:
+        raise ConfigError(f"{here}.at_epoch: it needs start_from, the variant whose epoch it is")
+    if cost is not None and budget != "time":
+        raise ConfigError(f"{here}.epoch_cost: it is for budget: time, this one's is {budget}")
+    if budget != "recipe":
+        if at_epoch is None:
+            raise ConfigError(f"{here}.budget: {budget!r} needs at_epoch, the epoch or share of its start")
+        if "epochs" in study["variants"][name].get("training", {}):
+            raise ConfigError(
+                f"{here}.training.epochs: its budget ({budget}) gives them; leave them out or set budget: recipe"
+            )
+    if budget == "time" and cost is None:
+        raise ConfigError(
+            f"{here}.epoch_cost is missing: the time of one of its epochs over that of one of {settings['start_from']!r}, "
+            "which budget: time needs"
+        )
+    if at_epoch is None:
+        return
+    if at_epoch > 1 and at_epoch != int(at_epoch):
+        raise ConfigError(f"{here}.at_epoch: {at_epoch} is neither a whole epoch nor a share below 1")
+    kept, epochs = start_epoch(study, name), _epochs(study, settings["start_from"])
+    if kept > epochs or (budget != "recipe" and kept == epochs) or (0 < at_epoch < 1 and kept in (0, epochs)):
+        raise ConfigError(
+            f"{here}.at_epoch: {at_epoch} is epoch {kept} of {settings['start_from']!r}, which trains for {epochs}; "
+            f"it must be {'below' if budget != 'recipe' or at_epoch < 1 else 'at most'} {epochs}"
+            + (" and above 0" if 0 < at_epoch < 1 else "")
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------- recipes
@@ -313,14 +249,16 @@ def declaration(study: dict, name: str) -> dict:
     return declared(study["variants"].get(name, {}).get("base", name), "variants")
 
 
-def variant_settings(study: dict, name: str) -> dict:
-    """Return the declaration of a variant with the study's overrides and the study's host model."""
+def _declared_settings(study: dict, name: str) -> dict:
+    """Return the declaration of a variant with the study's overrides and host model, ``at_epoch`` as it was written."""
     entry = study["variants"].get(name, {})
     base = {
         "recipe": "train",
         "surgery": [],
         "start_from": None,
         "at_epoch": None,
+        "budget": "recipe",
+        "epoch_cost": None,
         "objective": {"name": "supervised"},
     }
     overrides = {k: v for k, v in entry.items() if k not in ("training", "base")}
@@ -329,11 +267,56 @@ def variant_settings(study: dict, name: str) -> dict:
     return copy.deepcopy(merged)
 
 
-def training_settings(study: dict, name: str) -> dict:
-    """Return the training numbers of a variant: defaults < the study's recipe < the declaration < the study's override."""
+def variant_settings(study: dict, name: str) -> dict:
+    """Return the declaration of a variant with the study's overrides and host model; ``at_epoch`` is a whole epoch or None."""
+    return _declared_settings(study, name) | {"at_epoch": start_epoch(study, name)}
+
+
+def start_epoch(study: dict, name: str) -> int | None:
+    """Return the epoch of its start that a variant takes, or None for the end; a share is rounded, a half up."""
+    start, at_epoch = _start(study, name)
+    if at_epoch is None or start is None:
+        return None
+    return math.floor(at_epoch * _epochs(study, start) + 0.5) if 0 < at_epoch < 1 else int(at_epoch)
+
+
+def _start(study: dict, name: str) -> tuple[str | None, float | None]:
+    """Return ``start_from`` and ``at_epoch`` of a variant as they were written."""
+    entry, own = study["variants"].get(name, {}), declaration(study, name)
+    return tuple(entry.get(key, own.get(key)) for key in ("start_from", "at_epoch"))
+
+
+def _numbers(study: dict, name: str) -> dict:
+    """Return the training numbers of a variant as they were written: defaults < recipe < declaration < override."""
     entry, own = study["variants"][name], declaration(study, name)
-    recipe = study["recipes"].get(variant_settings(study, name)["recipe"], {})
-    return copy.deepcopy(recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {}))
+    recipe = study["recipes"].get(entry.get("recipe", own.get("recipe", "train")), {})
+    return recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {})
+
+
+def _epochs(study: dict, name: str) -> int:
+    """Return the epochs of a variant, those that its ``budget`` leaves where it has one.
+
+    The whole budget is that of the start, E epochs, of which it trains e. ``epochs``: the other E - e. ``time``: as many as
+    fit into what E epochs of this variant would take; e of them cost only 1 / ``epoch_cost`` each, so E - e / epoch_cost.
+    """
+    settings = _declared_settings(study, name)
+    if settings["budget"] == "recipe":
+        return _numbers(study, name)["epochs"]
+    whole, spent = _epochs(study, settings["start_from"]), start_epoch(study, name)
+    if settings["budget"] == "time":
+        return max(1, math.floor(whole - spent / settings["epoch_cost"] + 0.5))
+    return whole - spent
+
+
+def training_settings(study: dict, name: str) -> dict:
+    """Return the training numbers of a variant: defaults < the study's recipe < the declaration < the study's override.
+
+    ``epochs`` is what its ``budget`` leaves; ``checkpoints`` holds what other variants of the study start from, too.
+    """
+    numbers = copy.deepcopy(_numbers(study, name)) | {"epochs": _epochs(study, name)}
+    children = [other for other in study["variants"] if _start(study, other)[0] == name]
+    wanted = {epoch for other in children if (epoch := start_epoch(study, other)) is not None}
+    return numbers | {"checkpoints": sorted({*numbers["checkpoints"], *wanted})}
 
 
 def seeds(study: dict, name: str) -> list[int]:
@@ -352,7 +335,8 @@ def corruption_key(study: dict) -> str | None:
     settings = study["evaluate"]["corruption"]
     if not settings:
         return None
-    return f"{settings['protocol']}-{digest({k: settings[k] for k in ('protocol', 'corruptions', 'severities', 'images', 'path')})[:8]}"
+    numeric = {key: settings[key] for key in ("protocol", "corruptions", "severities", "images", "path")}
+    return f"{settings['protocol']}-{digest(numeric)[:8]}"
 
 
 def resolve(study: dict, name: str, seed: int) -> dict:
@@ -363,6 +347,7 @@ def resolve(study: dict, name: str, seed: int) -> dict:
         "schema_version": SCHEMA_VERSION,
         "study": study["study"],
         "variant": name,
+        "paper": declaration(study, name)["paper"],
         "seed": seed,
         "data": study["data"],
         "data_key": data_key(study["data"]),
@@ -377,8 +362,8 @@ def resolve(study: dict, name: str, seed: int) -> dict:
 
 
 def recipe_digest(recipe: dict) -> str:
-    """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes) does not count."""
-    numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data")}
+    """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
+    numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
     numeric["training"] = {k: v for k, v in recipe["training"].items() if k != "checkpoints"}
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}

@@ -11,6 +11,19 @@ ONCE = ("latency_ratio", "inference_energy")  # measured for the first seed of a
 PER_IMAGE = {"top1": "correct", "mean_corruption_accuracy": "corruption_correct_cells"}
 # Which rows a claim means where it leaves a condition open: the plainest measurement.
 PLAIN = {"folded": "no", "dtype": "float32", "threads": min, "batch": min}
+# What a network costs whatever it learned: no precondition on the learning stands in the way of a claim about it.
+COSTS = (
+    *(
+        "latency",
+        "latency_ratio",
+        "throughput",
+        "inference_energy",
+        "inference_carbon",
+        "training_energy",
+        "training_carbon",
+    ),
+    *("parameters", "trainable_parameters", "stored_bytes", "macs", "peak_memory", "train_seconds"),
+)
 
 
 class Stop(Exception):
@@ -57,7 +70,7 @@ class Table:
         """Return the rows of a metric, one a seed: what the claim leaves open is at its plainest."""
         frame = self.runs[(self.runs["variant"] == variant) & (self.runs["metric"] == metric)]
         for key, value in conditions.items():
-            frame = frame[[same(v, value) for v in frame[key]]] if key in frame else frame[:0]
+            frame = frame[_equal(frame[key], value)] if key in frame else frame[:0]
         if "split" not in conditions:  # other images than the test split decide no claim
             frame = frame[frame["split"].isna() | frame["split"].isin(["", "test"])]
         if "branch" in frame and "branch" not in conditions:  # of a model with two heads, its own has no name
@@ -66,7 +79,7 @@ class Table:
             found = frame[key].dropna().unique()
             if len(found) > 1:
                 wanted = PLAIN[key](found) if callable(PLAIN[key]) else PLAIN[key]
-                kept = frame[[same(v, wanted) for v in frame[key]]]
+                kept = frame[_equal(frame[key], wanted)]
                 frame = kept if len(kept) else frame
         return frame
 
@@ -100,7 +113,30 @@ class Table:
         if missing:
             known = {"ours_mean": values.mean(), "ours_n": len(values)} if variant == claim["variant"] else {}
             raise Stop("incomplete", f"{len(values)} of {len(wanted)} seeds of {variant}", **known)
+        if metric not in COSTS and (unmet := self.unmet(variant, wanted)):
+            which = "ours" if variant == claim["variant"] else "reference"
+            known = {f"{which}_mean": values.mean(), f"{which}_sd": values.std(), f"{which}_n": len(values)}
+            raise Stop("not comparable", unmet, **known)
         return values[list(wanted)]
+
+    def unmet(self, variant: str, seeds: list[int]) -> str:
+        """Return why a variant did not do what claims about its learning presuppose, "" where it did.
+
+        An evaluator reports such a thing as a row ``precondition``: the condition ``name`` says which, the value is 1
+        where it is met and 0 where not, the method says why. One seed that does not meet it is enough, as a mean over
+        seeds would mix two things.
+        """
+        found = self.rows(variant, "precondition", {})
+        found = found[found["seed"].isin(seeds)]
+        reasons = []
+        for name, rows in found.groupby("name", sort=False) if len(found) else []:
+            failed = rows[pd.to_numeric(rows["value"], errors="coerce") != 1].sort_values("seed")
+            if len(failed):
+                first = failed.iloc[0]
+                who = f"{variant}, {len(failed)} of {len(rows)} seeds" if len(rows) > 1 else variant
+                said = first["method"] or f"the precondition {name} is not met"
+                reasons.append(f"{who}: {said}" + (f" (seed {first['seed']})" if len(rows) > 1 else ""))
+        return "; ".join(reasons)
 
     def method(self, claim: dict, variant: str) -> str:
         return " ".join(
@@ -127,6 +163,12 @@ class Table:
             shares_SN = shares_SN / float(cells.iloc[0]) if len(cells) else shares_SN * np.nan
         fits = np.allclose(100 * shares_SN.mean(1), values.to_numpy(), atol=0.01)
         return shares_SN if fits else None
+
+
+def _equal(column: pd.Series, wanted) -> np.ndarray:
+    return np.array(
+        [same(value, wanted) for value in column], dtype=bool
+    )  # a list would be names of columns when empty
 
 
 def same(found, wanted) -> bool:

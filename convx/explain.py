@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from convx import config
+from convx.checks import deref
 from convx.config import ConfigError, nearest
 
 
@@ -64,7 +65,7 @@ def keys_markdown() -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
 
     def walk(node: dict, path: str) -> None:
-        node = config._deref(node, root)
+        node = deref(node, root)
         if path:
             kind = node.get("type", "")
             kind = " or ".join(kind) if isinstance(kind, list) else kind
@@ -146,8 +147,8 @@ def explain(study_file: str | Path, name: str) -> str:
             value,
             declared_origin(f"objective.{key}") if "objective" in own else "own choice: convx's default",
         )
-    for key in ("start_from", "at_epoch"):
-        if settings[key] is not None:
+    for key in ("start_from", "at_epoch", "budget", "epoch_cost"):
+        if settings[key] not in (None, "recipe"):
             row(
                 key,
                 settings[key],
@@ -156,7 +157,9 @@ def explain(study_file: str | Path, name: str) -> str:
     recipe_name = settings["recipe"]
     recipe = study["recipes"][recipe_name]
     for key, value in config.training_settings(study, name).items():
-        if key in override.get("training", {}):
+        if key == "epochs" and settings["budget"] != "recipe":
+            origin = f"own choice: what budget ({settings['budget']}) leaves"
+        elif key in override.get("training", {}):
             origin = chosen(f"variants.{name}.training.{key}")
         elif key in own.get("training", {}):
             origin = declared_origin(f"training.{key}")

@@ -116,6 +116,7 @@ class MetricsFile:
         self.path, self.what, self.recipe, self.digests = Path(path), what, recipe, digests
         self.rows: list[dict] = []
         self.per_image: dict = {}
+        self.arrays: dict = {}
         self.environment: dict = {}
         self.failed: str | None = None
 
@@ -143,7 +144,7 @@ class MetricsFile:
             reason = failure_reason(error)
             if reason is None:
                 return False
-            self.failed, self.rows, self.per_image = reason, [], {}
+            self.failed, self.rows, self.per_image, self.arrays = reason, [], {}, {}
             print(f"convx: {self.what} failed: {reason}", file=sys.stderr)
         write_json(
             self.path,
@@ -155,6 +156,7 @@ class MetricsFile:
                 "reason": self.failed or "",
                 "rows": self.rows,
                 "per_image": self.per_image,
+                "arrays": self.arrays,
                 "recipe_digest": self.recipe["digest"],
                 **self.digests,
                 "environment": self.environment or environment(),

@@ -9,6 +9,7 @@ from torch import nn
 from convx import surgery
 from convx.data import open_set
 from convx.data.batches import Batches, Normalise, to_device
+from convx.data.loader import FolderBatches, FolderImages
 from convx.manifest import Failure
 from convx.models import create_model
 from convx.seeds import derive
@@ -41,10 +42,12 @@ class RunData:
     meta: dict
     training: dict
     device: torch.device
+    workers: int = 0
 
     @classmethod
     def open(cls, folder: str | Path, recipe: dict, device: torch.device) -> "RunData":
-        return cls(Path(folder), open_set(folder).meta, recipe["training"], device)
+        workers = recipe["data"].get("workers", 0)
+        return cls(Path(folder), open_set(folder).meta, recipe["training"], device, workers)
 
     @property
     def num_classes(self) -> int:
@@ -54,19 +57,27 @@ class RunData:
     def normalise(self) -> Normalise:
         return Normalise(self.meta["mean"], self.meta["std"], self.device, self.training["channels_last"])
 
-    def train_batches(self, seed: int) -> Batches:
-        """Return the training batches of one seed, the images on the device."""
+    def train_batches(self, seed: int) -> Batches | FolderBatches:
+        """Return the training batches of one seed: the images on the device, or loaded from a folder by processes."""
         images, labels = self.split("train")
+        if isinstance(images, FolderImages):
+            return FolderBatches(images.files, labels, self.training, seed, self.device, self.workers)
         return Batches(images, labels, self.training["batch_size"], self.training["drop_last"], seed)
 
-    def split(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (uint8 images [N, C, H, W], labels [N]) of a split on the device; "validation" may be empty."""
+    def split(self, name: str) -> tuple[torch.Tensor | FolderImages, torch.Tensor]:
+        """Return (uint8 images [N, C, H, W], labels [N]) of a split on the device; "validation" may be empty.
+
+        The images of a folder stay there and come when they are sliced.
+        """
         data = open_set(self.folder)
         if name == "validation" and not len(data.validation_indices):
             empty = torch.zeros(0, self.meta["channels"], 1, 1, dtype=torch.uint8, device=self.device)
             return empty, torch.zeros(0, dtype=torch.long, device=self.device)
         images, labels = data.split(name)
-        return to_device(images, self.device), torch.as_tensor(labels, dtype=torch.long, device=self.device)
+        labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
+        if self.meta["kind"] == "folder":
+            return FolderImages(images, self.device), labels
+        return to_device(images, self.device), labels
 
 
 def build_model(recipe: dict, meta: dict, start_weights: str | Path | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 A digest covers the syntax tree, so comments, docstrings and white space change nothing. It covers the core that every run
 uses and, of models, objectives, surgery and layers, what the run's recipe names: an edit in one paper's layer reruns the
-variants of that paper and no others.
+variants of that paper and no others. An evaluation also rests on the evaluator of its variant's paper and what that imports.
 """
 
 import ast
@@ -21,13 +21,14 @@ CORE = {
         "seeds.py",
         "runs.py",
         "data/batches.py",
+        "data/loader.py",
         "models/__init__.py",
         "objectives/__init__.py",
     ],
     "evaluate": [
         *(
             f"evaluate/{name}.py"
-            for name in ("__init__", "run", "payload", "accuracy", "corruption", "attacks", "cost")
+            for name in ("__init__", "run", "payload", "accuracy", "corruption", "attacks", "cost", "kernels")
         ),
         "runs.py",
         "models/__init__.py",
@@ -78,21 +79,22 @@ def _file_digest(relative: str) -> str:
 
 
 def _imported(node: ast.AST, package: str) -> set[str]:
-    """Return the files of ``convx/<package>/`` that a piece of code imports, as paths relative to the package."""
-    files = set()
+    """Return the files of ``convx/<package>/`` (``a/b`` is a package too) that a piece of code imports, relative to convx."""
+    files, dotted = set(), f"convx.{package}".replace("/", ".")
     for entry in ast.walk(node):
         if isinstance(entry, ast.ImportFrom):
             module = entry.module or ""
             if entry.level == 1:
                 names = [module.split(".")[0]] if module else [alias.name for alias in entry.names]
-            elif module == f"convx.{package}":
+            elif module == dotted:
                 names = [alias.name for alias in entry.names]
-            elif module.startswith(f"convx.{package}."):
-                names = [module.split(".")[2]]
+            elif module.startswith(f"{dotted}."):
+                names = [module.removeprefix(f"{dotted}.").split(".")[0]]
             else:
                 continue
         elif isinstance(entry, ast.Import):
-            names = [alias.name.split(".")[2] for alias in entry.names if alias.name.startswith(f"convx.{package}.")]
+            starts = [alias.name for alias in entry.names if alias.name.startswith(f"{dotted}.")]
+            names = [name.removeprefix(f"{dotted}.").split(".")[0] for name in starts]
         else:
             continue
         files |= {f"{package}/{name}.py" for name in names if (PACKAGE / package / f"{name}.py").exists()}
@@ -105,6 +107,20 @@ def _layers_of(relative: str) -> frozenset[str]:
     found, queue = set(), [relative]
     while queue:
         new = _imported(_tree(queue.pop()), "layers") - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+@lru_cache
+def _evaluator_of(paper: str) -> frozenset[str]:
+    """Return the evaluator of a paper's folder, if it has one, with what it imports of that folder, of evaluate/ and of layers/."""
+    folder = f"papers/{paper}"
+    queue = [f"{folder}/evaluate.py"] if (PACKAGE / folder / "evaluate.py").exists() else []
+    found = set(queue)
+    while queue:
+        tree = _tree(queue.pop())
+        new = {file for package in (folder, "evaluate", "layers") for file in _imported(tree, package)} - found
         found |= new
         queue += new
     return frozenset(found)
@@ -162,6 +178,8 @@ def source_digest(verb: str, recipe: dict | None = None) -> str:
     parts = [_file_digest(file) for file in CORE[verb]]
     if recipe is not None:
         parts += _parts(recipe)
+        if verb == "evaluate":
+            parts += [_file_digest(file) for file in sorted(_evaluator_of(recipe.get("paper") or ""))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 

@@ -125,7 +125,7 @@ def evaluate(
                 network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device
             )
             metrics.rows += result.rows
-            metrics.per_image = result.per_image
+            metrics.per_image, metrics.arrays = result.per_image, result.arrays
             metrics.environment = environment(device=str(device))
 
 

@@ -120,8 +120,9 @@ def recast_attention(
     T-CNN (d'Ascoli et al. 2021, arXiv 2106.05795). Takes any ``nn.Conv2d`` whose kernel covers more than one
     pixel, and timm's ``Conv2dSame``. ``locality`` is alpha in 1/pixel^2: the relative error of a layer is
     about 4 exp(-alpha), and the gradient that could move its heads falls with it; at 15 the error is that of
-    float32 and the heads hardly move, at 5 they move and the error is 2 %. ``gate`` "linear" starts as the convolution exactly (``gate_init`` None: 0),
-    "sigmoid" with a share sigmoid(-gate_init) of content (None: 5). ``border`` "zero_halo" keeps the
+    float32 and the heads hardly move, at 5 they move and the error is 2 %. ``gate`` "linear" starts as the
+    convolution exactly (``gate_init`` None: 0), "sigmoid" with a share sigmoid(-gate_init) of content (None: 5).
+    ``border`` "zero_halo" keeps the
     convolution's padding, "replicate" gives it up. ``key_dim`` is the width of q and k per head (None: max(8,
     C_in // taps)). Controls: ``filters="random"`` redraws the filters, ``positions="random"`` starts without
     locality, ``frozen`` keeps "gates" (and what only an open gate would train) or "projections" (q, k, v)

@@ -25,6 +25,7 @@ from convx.seeds import derive
 
 SAVE_SECONDS = float(os.environ.get("CONVX_SAVE_SECONDS", "30"))  # between two states on disk
 VALIDATION_BATCH = 1000
+VALIDATION_PIXELS = 2**23  # of one batch, where large images make it smaller
 
 
 def parameter_groups(model: nn.Module, training: dict) -> list[dict]:
@@ -103,9 +104,10 @@ def validate(model: nn.Module, data: RunData, images: torch.Tensor, labels: torc
     correct = torch.zeros((), dtype=torch.long, device=data.device)
     loss = torch.zeros((), dtype=torch.float64, device=data.device)
     normalise = data.normalise
-    for start in range(0, len(images), VALIDATION_BATCH):
-        logits = model(normalise(images[start : start + VALIDATION_BATCH])).float()
-        target = labels[start : start + VALIDATION_BATCH]
+    batch = max(1, min(VALIDATION_BATCH, VALIDATION_PIXELS // (images.shape[2] * images.shape[3])))
+    for start in range(0, len(images), batch):
+        logits = model(normalise(images[start : start + batch])).float()
+        target = labels[start : start + batch]
         correct += (logits.argmax(1) == target).sum()
         loss += nn.functional.cross_entropy(logits, target, reduction="sum").double()
     model.train(was_training)

@@ -39,7 +39,7 @@ def data_settings(**changes) -> dict:
         "train_images": 320,
         "test_images": 100,
     } | changes
-    return config._fill(given, root["properties"]["data"], root)
+    return config.fill(given, root["properties"]["data"], root)
 
 
 def make_recipe(variant="cnn", seed=0, model="resnet8_8", surgery=(), start=None, objective=None, **training) -> dict:

@@ -100,7 +100,7 @@ BROKEN = [
     ),
     ({"variants__tcnn": {"start_from": "cn"}}, "variant 'cn' is unknown", "cnn"),
     ({"variants__tcnn": {"seeds": [7]}}, "starts from 'cnn', whose seeds lack 7", ""),
-    ({"variants__tcnn": {"at_epoch": 1}}, "at_epoch: 1 is not among the checkpoints", "checkpoints"),
+    ({"variants__tcnn": {"at_epoch": 1000}}, "at_epoch: 1000 is epoch 1000 of 'cnn', which trains for", "at most"),
     ({"variants__tcnn": {"model": {"name": "resnet20_16"}}}, "whose model is another one", ""),
     ({"host__name": "resnet20-16"}, "model 'resnet20-16' is unknown", "resnet20_16"),
     ({"host__name": "timm/resnet81"}, "model 'timm/resnet81' is unknown", "timm/resnet"),

@@ -231,7 +231,7 @@ def test_construction_is_many_times_faster_and_smaller_than_the_package(
         package(*leaves).backward(grad)
 
     # The fastest rounds of both sides, taken in turn: what a busy machine adds is left out on both.
-    assert benchmark.paired(theirs, ours, 4, inner=20)["best"] > faster
+    assert benchmark.paired(theirs, ours, 2, inner=20)["best"] > faster
     assert benchmark.peak_bytes(theirs) > 5 * benchmark.peak_bytes(ours)
 
 
@@ -249,4 +249,4 @@ def test_a_training_step_of_17x17_kernels_is_many_times_faster_than_the_native_o
     def native():
         F.conv2d(x, kernel, padding=8, groups=channels).backward(grad)
 
-    assert benchmark.paired(native, ours, 3)["best"] > faster
+    assert benchmark.paired(native, ours, 2)["best"] > faster

@@ -237,9 +237,7 @@ def test_gradients(groups, stride, content):
     if not content:
         layer.gate.data.zero_()
         layer.gate.requires_grad_(False)
-    names = [
-        n for n, p in layer.named_parameters() if p.requires_grad and (content or n not in ("query", "key"))
-    ]
+    names = [n for n, p in layer.named_parameters() if p.requires_grad and (content or n not in ("query", "key"))]
     values = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
 
@@ -290,9 +288,7 @@ def test_positional_attention_is_a_renormalised_gaussian_blur():
     wanted = 0
     for ky, kx in itertools.product(range(3), range(3)):
         n = torch.arange(-7, 8, dtype=torch.float64)
-        gauss = torch.outer(torch.exp(-alpha * (n - ky + 1) ** 2), torch.exp(-alpha * (n - kx + 1) ** 2))[
-            None, None
-        ]
+        gauss = torch.outer(torch.exp(-alpha * (n - ky + 1) ** 2), torch.exp(-alpha * (n - kx + 1) ** 2))[None, None]
         blur = F.conv2d(x, gauss.repeat(3, 1, 1, 1), padding=7, groups=3)
         ones = F.conv2d(torch.ones_like(x[:1, :1]), gauss, padding=7)
         wanted = wanted + F.conv2d(blur / ones, conv.weight[:, :, ky : ky + 1, kx : kx + 1])
@@ -433,9 +429,7 @@ def test_cka():
 @pytest.mark.parametrize("gate", ["linear", "sigmoid"])
 def test_fifty_steps_lower_the_loss_and_move_the_gates(gate):
     start = 0.0 if gate == "linear" else 3.0
-    net = convx.recast_attention(
-        calibrated_resnet(), "{stage-1}", locality=5.0, gate=gate, gate_init=start
-    ).train()
+    net = convx.recast_attention(calibrated_resnet(), "{stage-1}", locality=5.0, gate=gate, gate_init=start).train()
     x, y = torch.randn(16, 3, 16, 16), torch.randint(0, 10, (16,))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     losses = []
@@ -481,8 +475,7 @@ def test_controls():
     lost = convx.recast_attention(net, "{stage-1}", positions="random").get_submodule("layer3.0.conv2")
     assert lost.positions.detach().abs().max() < 0.1 and relative(lost(x), conv(x)) > 0.5
     same, again, other = (
-        convx.recast_attention(net, "{stage-1}", seed=s).get_submodule("layer3.0.conv2").query
-        for s in (1, 1, 2)
+        convx.recast_attention(net, "{stage-1}", seed=s).get_submodule("layer3.0.conv2").query for s in (1, 1, 2)
     )
     assert same.equal(again) and not same.equal(other)
 
@@ -495,10 +488,8 @@ def test_declared_variants_can_be_built_and_name_their_origins():
         origins = variant["origin"]
         for place, step in enumerate(variant.get("surgery", [])):
             assert {f"surgery.{place}.{key}" for key in step if key != "verb"} <= set(origins), name
-        assert all(o.startswith(("paper: ", "official code: ", "own choice: ")) for o in origins.values()), (
-            name
-        )
-        assert ("at_epoch" in variant) <= ({"at_epoch", "training.epochs"} <= set(origins)), name
+        assert all(o.startswith(("paper: ", "official code: ", "own choice: ")) for o in origins.values()), name
+        assert ("at_epoch" in variant) <= ({"at_epoch", "budget"} <= set(origins)), name
         new = surgery.apply(net, variant.get("surgery", []), seed=0)
         layers = [m for m in new.modules() if isinstance(m, GatedPositionalAttention)]
         assert len(layers) == {"cnn_finetuned": 0, "tcnn_two_stages": 4}.get(name, 2), name

@@ -7,6 +7,7 @@ Kept as an index of files and labels; pixels are decoded when they are asked for
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,10 +122,11 @@ def _lines(path: Path) -> list[str]:
 
 class ImageFiles:
     """Images of a folder that read like a uint8 array [N, S, S, 3]: ``len``, ``shape`` and indexing by row,
-    slice or rows.
+    slice or rows. Several rows are decoded by threads: Pillow lets go of Python's lock.
     """
 
     dtype = np.dtype(np.uint8)
+    ndim = 4
 
     def __init__(self, root: Path, files: Sequence[str], resize: dict):
         self.root, self.files, self.resize = root, list(files), resize
@@ -145,8 +147,9 @@ class ImageFiles:
             return np.asarray(fit(self.picture(rows), self.resize))
         wanted = np.arange(len(self.files))[rows]
         out = np.empty((len(wanted), *self.shape[1:]), np.uint8)
-        for place, row in enumerate(wanted):
-            out[place] = np.asarray(fit(self.picture(row), self.resize))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for place, image in enumerate(pool.map(self.__getitem__, wanted)):
+                out[place] = image
         return out
 
     def take(self, rows) -> "ImageFiles":

@@ -1,4 +1,4 @@
-"""Evaluators: accuracy, corruption, attacks, cost, latency, energy. One file each, and none of them trains.
+"""Evaluators: accuracy, corruption, attacks, cost, kernels, latency, energy. One file each, and none of them trains.
 
 Each has ``run(model, data, settings) -> Result`` (latency and energy, which need no images, take the shape of
 one instead of ``data``). A row is a dict with the keys of :func:`row`; accuracies are in percent. The model
@@ -50,16 +50,23 @@ class Result:
 
     ``rows``: metric rows. ``per_image``: bool or uint8 vectors [N] for :func:`convx.evaluate.payload.encode`,
     from which intervals resample images. ``details``: anything else a caller may want (predictions, timing
-    samples); not stored by itself.
+    samples); not stored by itself. ``arrays``: small pictures for figures (heat maps, a few kernels), any shape, stored
+    in half precision by :func:`convx.evaluate.payload.pack`.
     """
 
     rows: list[dict]
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __add__(self, other: Result) -> Result:
         """Return both results in one; rows keep their order."""
-        return Result(self.rows + other.rows, self.per_image | other.per_image, self.details | other.details)
+        return Result(
+            self.rows + other.rows,
+            self.per_image | other.per_image,
+            self.details | other.details,
+            self.arrays | other.arrays,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from convx.evaluate import EvaluationData, Result, evaluation_mode, folded_form, row
+from convx.replacing import replace
 
 MIB = 2**20
 # Operations that move or make data without arithmetic; they are not listed as uncounted.
@@ -23,7 +24,10 @@ MOVES = """
 def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) -> Result:
     """Return parameters (and trainable ones), stored bytes, MACs, peak memory and the process's peak RSS.
 
-    ``macs`` is of one image, as trained and (where something folds) folded into plain convolutions.
+    ``macs`` is of one image, as trained and (where something folds) folded into plain convolutions. An operator whose
+    class has ``macs_as_folded`` is a plain convolution by its arithmetic and computes it in a way that depends on
+    device and shape (an FFT has no formula, a product with a matrix of shifts has other numbers): it counts as its
+    folded form in both.
     ``peak_memory`` is that of one forward pass of ``settings["batch_size"]`` images (32). Only shapes and the
     normalisation of ``data`` are used.
     """
@@ -39,9 +43,11 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     forms = {"no": model} | ({"yes": folded} if folded is not None else {})
     one, many = _input(data, 1), _input(data, batch)
     for name, form in forms.items():
-        total, uncounted = macs(form, one)
+        counted, stood_in = countable(form)
+        total, uncounted = macs(counted, one)
         missing = f"; no formula for: {', '.join(uncounted)}" if uncounted else ""
-        method = f"torch FlopCounterMode / 2, batch 1{missing}"
+        standing = f"; counted as the convolution it builds: {', '.join(stood_in)}" if stood_in else ""
+        method = f"torch FlopCounterMode / 2, batch 1{standing}{missing}"
         rows.append(row("macs", total, "MAC per image", method=method, folded=name))
     where = {"batch": batch, "device": data.device.type, "dtype": str(many.dtype).removeprefix("torch.")}
     value, method = peak_memory(model, many)
@@ -86,6 +92,20 @@ def stored_bytes(model: nn.Module) -> int:
         seen.add(key)
         total += tensor.numel() * tensor.element_size()
     return total
+
+
+def countable(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return (model to count, class names): operators with ``macs_as_folded`` are folded in a copy, the rest stays."""
+
+    def accepts(module: nn.Module) -> bool:
+        return getattr(module, "macs_as_folded", False)
+
+    names = sorted({type(module).__name__ for module in model.modules() if accepts(module)})
+    if not names:
+        return model, names
+    if accepts(model):
+        return model.fold(), names
+    return replace(model, "*", accepts, lambda name, module: module.fold(), "count", "operator"), names
 
 
 class _Recorder(TorchDispatchMode):

@@ -1,6 +1,7 @@
-"""Per-image results inside a metrics file: arrays as short text, so that intervals can resample images from the JSON alone.
+"""Arrays inside a metrics file, as short text: results per image, which intervals resample, and small pictures.
 
-Booleans are packed to bits; everything is zlib-compressed and written in base64: 10,000 images take a few kilobytes.
+Booleans are packed to bits, pictures are in half precision; everything is zlib-compressed and written in base64: 10,000
+images take a few kilobytes.
 """
 
 import base64
@@ -25,3 +26,19 @@ def decode(payload: dict) -> np.ndarray:
     if payload["dtype"] == "bool":
         return np.unpackbits(raw, count=payload["n"]).astype(bool)
     return raw.copy()
+
+
+def pack(array: np.ndarray) -> dict:
+    """Return a float array of any shape as {"dtype", "shape", "data"}, in half precision (three digits, for pictures)."""
+    array = np.asarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"a picture is an array of floats, this is {array.dtype}")
+    raw = np.ascontiguousarray(array, dtype="<f2")
+    data = base64.b64encode(zlib.compress(raw.tobytes(), 9)).decode()
+    return {"dtype": "float16", "shape": list(array.shape), "data": data}
+
+
+def unpack(payload: dict) -> np.ndarray:
+    """Return the array that :func:`pack` was given, as float32 of half precision."""
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(payload["data"])), dtype="<f2")
+    return raw.reshape(payload["shape"]).astype(np.float32)

@@ -1,5 +1,7 @@
 """Everything that is measured on one run: all evaluators in one process, so that imports and weights are loaded once."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,10 @@ import torch
 from torch import nn
 
 from convx.data import open_set
-from convx.evaluate import EvaluationData, Result, accuracy, attacks, corruption, cost, energy, latency
-from convx.evaluate.payload import encode
+from convx.evaluate import EvaluationData, Result, accuracy, attacks, corruption, cost, energy, kernels, latency, row
+from convx.evaluate.payload import encode, pack
+
+TRAINING_SAMPLE = 10_000  # training images, without augmentation, that the gap to the test images is measured on
 
 
 def open_corrupted_set(folder: str | Path):
@@ -23,9 +27,11 @@ def open_corrupted_set(folder: str | Path):
 def evaluate_run(
     model: nn.Module, recipe: dict, data_folder: Path, corrupted_folder: Path | None, settings: dict, device
 ) -> Result:
-    """Return every row of a run on the test images: accuracy, corruption, attacks, and what the model weighs.
+    """Return every row of a run on the test images: accuracy, corruption, attacks, what the model weighs and its filters look like.
 
-    ``settings``: ``batch_size``, ``corruption`` and ``attacks`` of the study (None leaves one out). ``per_image`` is encoded.
+    Also the gap to training images, and what the evaluator of the variant's paper adds: ``run(model, recipe, data) ->
+    Result`` in ``convx/papers/<recipe["paper"]>/evaluate.py``, where there is one. ``settings``: ``batch_size``,
+    ``corruption`` and ``attacks`` of the study (None leaves one out). ``per_image`` and ``arrays`` are encoded.
     """
     data_set = open_set(data_folder)
     images, labels = data_set.split("test")
@@ -52,8 +58,58 @@ def evaluate_run(
     if settings.get("attacks"):
         attacked = data.first(settings["attacks"].get("images"))
         result += attacks.run(model, attacked, settings["attacks"] | {"seed": recipe["seed"]})
-    result += cost.run(model, data)
-    return Result(result.rows, {name: encode(np.asarray(array)) for name, array in result.per_image.items()})
+    result += cost.run(model, data) + kernels.run(model) + training_gap(model, data, data_set, result)
+    if evaluator := paper_evaluator(recipe.get("paper")):
+        result += evaluator(model, recipe, data)
+    return Result(
+        result.rows,
+        per_image={name: encode(np.asarray(array)) for name, array in result.per_image.items()},
+        arrays={name: pack(array) for name, array in result.arrays.items()},
+    )
+
+
+def paper_evaluator(paper: str | None):
+    """Return the ``run`` of a paper folder's own evaluator, or None where it has none."""
+    name = f"convx.papers.{paper}.evaluate"
+    return import_module(name).run if paper and find_spec(name) else None
+
+
+def training_gap(model: nn.Module, data: EvaluationData, data_set, result: Result) -> Result:
+    """Return ``train_top1`` of training images without augmentation, and ``generalisation_gap``, that minus the test top-1.
+
+    The sample is the same for every run of a data set: evenly spaced over the training images that no run sets aside.
+    """
+    images, labels = data_set.split("train")
+    if not len(labels):
+        return Result([])
+    places = np.unique(np.linspace(0, len(labels) - 1, min(TRAINING_SAMPLE, len(labels))).round().astype(int))
+    sample = data.replaced(
+        images[places], torch.as_tensor(np.asarray(labels)[places], dtype=torch.long).to(data.device)
+    )
+    top1 = {"test": next(entry["value"] for entry in result.rows if entry["metric"] == "top1")}
+    found = accuracy.run(model, sample, {"split": "train"}).rows
+    top1["train"] = next(entry["value"] for entry in found if entry["metric"] == "top1")
+    which = f"{len(places)} training images, evenly spaced, without augmentation"
+    gap = top1["train"] - top1["test"]
+    return Result(
+        [
+            row(
+                "train_top1",
+                top1["train"],
+                "%",
+                n=len(places),
+                split="train",
+                method=f"argmax of the logits on {which}",
+            ),
+            row(
+                "generalisation_gap",
+                gap,
+                "pp",
+                n=len(places),
+                method=f"top-1 on {which}, minus top-1 on the test images",
+            ),
+        ]
+    )
 
 
 def measure_run(networks: dict[str, nn.Module], recipe: dict, meta: dict, settings: dict, device) -> Result:

@@ -67,9 +67,7 @@ class ConvNeXtCifar(nn.Module):
 
     def __init__(self, num_classes, in_channels, widths, depths, kernels, dilation, drop_path):
         super().__init__()
-        self.stem = nn.Sequential(
-            Conv2d(in_channels, widths[0], 2, stride=2), LayerNorm2d(widths[0], eps=1e-6)
-        )
+        self.stem = nn.Sequential(Conv2d(in_channels, widths[0], 2, stride=2), LayerNorm2d(widths[0], eps=1e-6))
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()
         self.stages, before = nn.Sequential(), widths[0]
         for place, (width, depth, kernel) in enumerate(zip(widths, depths, kernels, strict=True)):
@@ -116,7 +114,5 @@ def create(
     if any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
         raise ValueError(f"{name}: kernels={kernels} must be odd")
     if not 0 <= drop_path < 1 or dilation < 1:
-        raise ValueError(
-            f"{name}: drop_path={drop_path} must be in [0, 1) and dilation={dilation} at least 1"
-        )
+        raise ValueError(f"{name}: drop_path={drop_path} must be in [0, 1) and dilation={dilation} at least 1")
     return ConvNeXtCifar(num_classes, in_channels, list(widths), list(depths), kernels, dilation, drop_path)

@@ -1,84 +1,117 @@
-"""The figures of a study, drawn from results/<study> alone. Every figure is one function; what has no data is not drawn."""
+"""The figures of a study, drawn from results/<study> alone. Every figure is one function; what has no data is
+not drawn."""
 
 import math
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
+from convx import config
 from convx.report import style
+from convx.report.comparison import comparison
+from convx.report.forest import claims_forest
 from convx.report.results import Results
-from convx.report.tables import comparison, replication
+from convx.report.words import known, scaled
 
-DECIDED = ("supported", "contradicted", "no relevant difference", "replicated", "higher", "lower", "inconclusive")
+FRONT = "Pareto front (of the means)"
 
 
 def draw(folder: str | Path) -> list[str]:
     """Draw every figure of ``results/<study>`` into its figures/ folder as SVG and PNG; returns their names.
 
-    Besides the figures here, a paper's folder may have ``figures.py`` with ``draw(results, out) -> list of names``.
+    Besides the figures here, a paper's folder may have ``figures.py`` with ``draw(results, out) -> list of
+    names``. What an earlier version of the study had and this one has not is removed.
     """
     results = Results(Path(folder))
     out = results.folder / "figures"
     out.mkdir(parents=True, exist_ok=True)
     table = comparison(results)
     drawn = []
-    for function in (accuracy, corruption_heatmap, clean_against_corrupted, accuracy_latency, accuracy_energy, training_curves, claims_forest):
+    for function in FIGURES:
         figure = function(results, table)
         if figure is not None:
             style.save(figure, out, function.__name__)
             drawn.append(function.__name__)
-    return drawn + paper_figures(results, out)
+    drawn += paper_figures(results, out)
+    for file in [*out.glob("*.svg"), *out.glob("*.png")]:
+        if file.stem not in drawn:
+            file.unlink()
+    return drawn
 
 
 def paper_figures(results: Results, out: Path) -> list[str]:
     """Draw the figures of every paper whose variants are in the study."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    from convx import config
-
     drawn = []
-    for paper in sorted({config.declared(name, "variants")["paper"] for name in results.variants}):
+    for paper in sorted({config.declaration(results.study, name)["paper"] for name in results.variants}):
         if find_spec(f"convx.papers.{paper}.figures"):
             drawn += import_module(f"convx.papers.{paper}.figures").draw(results, out)
     return drawn
 
 
-def _note(figure, results: Results) -> None:
+def _note(figure, results: Results, *sentences: str) -> None:
     """Write below a figure what qualifies its numbers."""
-    if results.study["reduced"]:
-        figure.supxlabel(f"Reduced study: {results.study['reduced']}", fontsize=7, color="#555555", x=0.01, ha="left")
+    reduced = f"Reduced study: {results.study['reduced']}." if results.study["reduced"] else ""
+    if text := " ".join(filter(None, [*sentences, reduced])):
+        style.note(figure, text)
 
 
 def _rows(table: pd.DataFrame) -> np.ndarray:
     return np.arange(len(table))[::-1]
 
 
-def _errors(table: pd.DataFrame, column: str) -> np.ndarray:
-    """Return the distances to the interval's ends [2, rows] for matplotlib; zero where there is no interval."""
-    ends = np.stack([table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]])
-    return np.nan_to_num(np.clip(ends.astype(float), 0, None))
+def _error(row, column: str) -> np.ndarray | None:
+    """Return the distances to the interval's ends [2, 1] for matplotlib, or None where there is no finite
+    interval."""
+    low, high = row.get(f"{column}_low", math.nan), row.get(f"{column}_high", math.nan)
+    if not (known(low) and known(high)):
+        return None
+    return np.clip([[row[column] - low], [high - row[column]]], 0, None)
 
 
 def accuracy(results: Results, table: pd.DataFrame):
     """Top-1 of every variant: mean with its 95 % interval, the single runs as small marks."""
     if table["top1"].isna().all():
         return None
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.34 * len(table)))
+    figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.34 * len(table)))
     for place, (y, (_, row)) in enumerate(zip(_rows(table), table.iterrows())):
-        if math.isnan(row["top1"]):
-            axes.annotate(row["status"], (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555")
+        if not known(row["top1"]):
+            where = {
+                "xycoords": ("axes fraction", "data"),
+                "va": "center",
+                "fontsize": 8,
+                "color": style.SOFT,
+            }
+            axes.annotate(row["status"], (0.01, y), **where)
             continue
-        error = _errors(table.iloc[[place]], "top1")
-        axes.errorbar(row["top1"], y, xerr=error, capsize=3, markersize=6, linewidth=1.4, **style.look(place))
+        axes.errorbar(
+            row["top1"],
+            y,
+            xerr=_error(row, "top1"),
+            capsize=3,
+            markersize=6,
+            linewidth=1.4,
+            **style.look(place),
+        )
         runs = results.values(row["variant"], "top1")
-        axes.plot(runs, np.full(len(runs), y - 0.22), "|", color="#555555", markersize=6)
-    axes.set_yticks(_rows(table), table["variant"])
+        if len(runs) > 1:
+            axes.plot(runs, np.full(len(runs), y - 0.27), "|", color=style.SOFT, markersize=6)
+    names = []
+    for _, row in table.iterrows():
+        part = 0 < row["seeds_done"] < row["seeds_planned"]
+        names.append(
+            row["variant"] + (f" ({row['seeds_done']} of {row['seeds_planned']} runs)" if part else "")
+        )
+    axes.set_yticks(_rows(table), names)
     axes.set_ylim(-0.7, len(table) - 0.4)
     axes.set_xlabel("top-1 on the test images (%)")
-    axes.set_title("Accuracy: mean and 95 % interval; ticks are single runs")
+    several = "Accuracy: mean over seeds with its 95 % interval; ticks are single runs"
+    one = "Accuracy: one run each, with the 95 % interval of its test images"
+    style.title(figure, several if (table["seeds_done"] > 1).any() else one)
     axes.grid(axis="y", visible=False)
     _note(figure, results)
     return figure
@@ -86,139 +119,167 @@ def accuracy(results: Results, table: pd.DataFrame):
 
 def corruption_heatmap(results: Results, table: pd.DataFrame):
     """Accuracy for every corruption, averaged over severities and seeds, with the numbers written in."""
-    frame = results.runs
-    cells = frame[frame["metric"] == "corruption_accuracy"]
-    if cells.empty:
+    cells = results.runs[results.runs["metric"] == "corruption_accuracy"]
+    if cells["value"].isna().all():
         return None
-    grid = cells.groupby(["variant", "corruption"])["value"].mean().unstack()
+    grid = (
+        cells.assign(value=cells["value"].astype(float))
+        .groupby(["variant", "corruption"])["value"]
+        .mean()
+        .unstack()
+    )
     order = [name for name in results.variants if name in grid.index]
-    grid = grid.loc[order, grid.mean().sort_values(ascending=False).index]
-    figure, axes = plt.subplots(figsize=(1.9 + 0.52 * grid.shape[1], 1.7 + 0.36 * grid.shape[0]))
-    image = axes.imshow(grid.to_numpy(), cmap="cividis", vmin=max(0, np.nanmin(grid) - 5), vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(grid.to_numpy()):
-        dark = image.norm(value) < 0.55
-        axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.set_xticks(range(grid.shape[1]), [c.replace("_", " ") for c in grid.columns], rotation=45, ha="right")
+    grid = grid.loc[order, grid.mean().sort_values(ascending=False, kind="stable").index]
+    size = (max(7.0, 2.6 + 0.46 * grid.shape[1]), 2.0 + 0.32 * grid.shape[0])
+    figure, axes = plt.subplots(figsize=size)
+    values = grid.to_numpy()
+    low, high = max(0.0, np.nanmin(values) - 3), min(100.0, np.nanmax(values) + 3)
+    colours = plt.get_cmap("cividis").with_extremes(bad="white")
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        text = f"{value:.0f}" if np.isfinite(value) else "–"
+        dark = np.isfinite(value) and image.norm(value) < 0.55
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axes.set_xticks(
+        range(grid.shape[1]), [c.replace("_", " ") for c in grid.columns], rotation=45, ha="right"
+    )
     axes.set_yticks(range(grid.shape[0]), grid.index)
     axes.grid(visible=False)
-    protocol = results.study["evaluate"]["corruption"]["protocol"]
-    axes.set_title(f"Top-1 (%) under corruption, mean of severities and seeds ({protocol}" + (")" if protocol == "official" else ", regenerated)"))
+    protocols = sorted(set(cells["protocol"].dropna()))
+    made = "" if any(p.startswith("official") for p in protocols) else ", images regenerated"
+    style.title(
+        figure, f"Top-1 (%) under corruption: mean of severities and seeds ({', '.join(protocols)}{made})"
+    )
     figure.colorbar(image, ax=axes, label="top-1 (%)", shrink=0.85)
     _note(figure, results)
     return figure
 
 
-def _scatter(results, table, x, y, xlabel, ylabel, title, xlog=False, diagonal=False):
-    """Draw one mark a variant with its intervals in both directions, and the Pareto front where less x and more y is better."""
-    part = table[table[x].notna() & table[y].notna()]
-    if part.empty:
+def _scatter(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str, title: str, best: str | None):
+    """Draw one mark a variant with its intervals in both directions.
+
+    ``best``: the better x, "low" or "high", for the front of variants that no other one beats in both; None
+    draws none. Returns the figure, or None where fewer than two variants have both numbers.
+    """
+    part = table[table[x].map(known) & table[y].map(known)]
+    if len(part) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(7, 4.3))
-    for place, (index, row) in enumerate(table.iterrows()):
-        if index not in part.index:
+    labels = [*part["variant"], *([FRONT] if best is not None else [])]
+    figure, axes = plt.subplots(figsize=style.with_legend(labels, 5.3, 4.3))
+    for place, (_, row) in enumerate(table.iterrows()):
+        if not (known(row[x]) and known(row[y])):
             continue
-        one = table.loc[[index]]
-        xerr = _errors(one, x) if f"{x}_low" in table else None
-        yerr = _errors(one, y) if f"{y}_low" in table else None
-        axes.errorbar(row[x], row[y], xerr=xerr, yerr=yerr, capsize=2, linewidth=1, markersize=7, label=row["variant"], **style.look(place))
-    if diagonal:
-        low = min(part[x].min(), part[y].min()) - 1
-        axes.plot([low, 100], [low, 100], color="#999999", linestyle=":", linewidth=1, label="equal")
-    else:
-        best, front = -math.inf, []
-        for _, row in part.sort_values([x, y], ascending=[True, False]).iterrows():
-            if row[y] > best:
-                best = row[y]
-                front.append((row[x], row[y]))
-        axes.step(*zip(*front), where="post", color="#999999", linewidth=1, zorder=0, label="Pareto front")
-    if xlog:
-        axes.set_xscale("log")
+        looks = {"capsize": 2, "linewidth": 1, "markersize": 7, "linestyle": "none", **style.look(place)}
+        axes.errorbar(row[x], row[y], xerr=_error(row, x), yerr=_error(row, y), label=row["variant"], **looks)
+    if best is not None:
+        front = pareto(part[x].to_numpy(), part[y].to_numpy(), best)
+        where = "post" if best == "low" else "pre"
+        axes.step(*zip(*front), where=where, color="#999999", linewidth=1, zorder=0, label=FRONT)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    _note(figure, results)
+    axes.margins(0.08)
+    style.title(figure, title)
+    style.legend(axes, len(labels))
     return figure
+
+
+def pareto(x: np.ndarray, y: np.ndarray, best: str) -> list[tuple[float, float]]:
+    """Return the points that no other one beats in both (more y; less x for "low", more x for "high"), by
+    rising x."""
+    order = sorted(zip(x, y), key=lambda point: (point[0] if best == "low" else -point[0], -point[1]))
+    front, highest = [], -math.inf
+    for point in order:
+        if point[1] > highest:
+            highest = point[1]
+            front.append((float(point[0]), float(point[1])))
+    return sorted(front)
 
 
 def clean_against_corrupted(results: Results, table: pd.DataFrame):
     """Corrupted against clean accuracy."""
     title = "Robustness: corrupted against clean accuracy, 95 % intervals"
-    return _scatter(results, table, "top1", "corruption", "clean top-1 (%)", "corrupted top-1 (%)", title)
+    figure = _scatter(table, "top1", "corruption", "clean top-1 (%)", "corrupted top-1 (%)", title, "high")
+    if figure:
+        _note(figure, results)
+    return figure
 
 
 def accuracy_latency(results: Results, table: pd.DataFrame):
-    """Accuracy against latency at batch 1."""
-    title = "Accuracy against latency (median, batch 1), 95 % intervals"
-    return _scatter(results, table, "latency_ms", "top1", "latency (ms)", "top-1 (%)", title)
+    """Accuracy against latency relative to the baseline: what was measured side by side in one process."""
+    batch = ", ".join(sorted({f"batch {int(b)}" for b in table["latency_batch"].dropna()}))
+    title = f"Accuracy against latency ({batch}), 95 % intervals"
+    xlabel = f"latency / latency of {results.study['baseline']}, measured by turns in one process"
+    figure = _scatter(table, "latency_ratio", "top1", xlabel, "top-1 (%)", title, "low")
+    if figure:
+        _note(figure, results)
+    return figure
 
 
 def accuracy_energy(results: Results, table: pd.DataFrame):
-    """Accuracy against the energy of inference; estimates say so in the axis label and have no Pareto claim."""
-    methods = sorted({m for m in table["energy_method"] if m})
-    estimated = any("estimate" in m for m in methods)
-    label = "inference energy (kWh / 1000 images" + (", an estimate: not for ranking)" if estimated else ")")
-    return _scatter(results, table, "inference_kwh", "top1", label, "top-1 (%)", "Accuracy against energy of inference")
+    """Accuracy against the energy of inference; an estimate says so and gets no front, for it is never
+    ranked."""
+    estimated = table["energy_method"].str.contains("estimate").any()
+    factor, prefix = scaled(table["inference_kwh"])
+    scaled_table = table.assign(energy=table["inference_kwh"] * factor)
+    xlabel = f"inference energy ({prefix}Wh / 1000 images{', an estimate' if estimated else ''})"
+    title = "Accuracy against energy of inference" + (" (an estimate, not for ranking)" if estimated else "")
+    figure = _scatter(
+        scaled_table, "energy", "top1", xlabel, "top-1 (%)", title, None if estimated else "low"
+    )
+    if figure:
+        _note(figure, results)
+    return figure
 
 
 def training_curves(results: Results, table: pd.DataFrame):
-    """Validation accuracy (training accuracy where nothing is set aside) and training loss against epochs, mean over seeds."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    drawn = False
+    """Validation accuracy (training accuracy where nothing is set aside) and training loss against epochs,
+    mean over seeds."""
+    found = {}
     for place, name in enumerate(results.variants):
-        histories = [h for s in results.seeds(name) if (h := results.history(name, s)) is not None and "epoch" in h and len(h) > 1]
-        if not histories:
-            continue
-        drawn = True
-        both = pd.concat(histories)
-        metric = "validation_top1" if "validation_top1" in both else "train_top1"
+        histories = [
+            h for s in results.seeds(name) if (h := results.history(name, s)) is not None and "epoch" in h
+        ]
+        if any(len(h) > 1 for h in histories):
+            found[place, name] = pd.concat(histories)
+    if not found:
+        return None
+    validated = any("validation_top1" in frame for frame in found.values())
+    metric = "validation_top1" if validated else "train_top1"
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=style.with_legend([name for _, name in found], 8.3, 3.8)
+    )
+    for (place, name), frame in found.items():
         for axes, column in ((left, metric), (right, "train_loss")):
-            if column not in both:
+            if column not in frame or frame[column].isna().all():
+                axes.plot([], [], label=name, **style.line(place))  # it keeps its place in the legend
                 continue
-            groups = both.groupby("epoch")[column]
-            mean = groups.mean().dropna()
-            axes.plot(mean.index, mean, label=name, linewidth=1.5, **style.line(place))
-            if len(histories) > 1:
-                low, high = groups.min().loc[mean.index], groups.max().loc[mean.index]
-                axes.fill_between(mean.index, low, high, color=style.line(place)["color"], alpha=0.12, linewidth=0)
-        left.set_ylabel("validation top-1 (%)" if metric == "validation_top1" else "training top-1 (%)")
-    if not drawn:
-        plt.close(figure)
-        return None
-    left.set_xlabel("epoch")
-    right.set_xlabel("epoch")
+            groups = frame.dropna(subset=column).groupby("epoch")[column]
+            mean = groups.mean()
+            axes.plot(mean.index, mean, label=name, **style.line(place))
+            axes.fill_between(
+                mean.index,
+                groups.min(),
+                groups.max(),
+                color=style.line(place)["color"],
+                alpha=0.12,
+                linewidth=0,
+            )
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    left.set_ylabel("validation top-1 (%)" if validated else "training top-1 (%)")
     right.set_ylabel("training loss")
-    left.set_title("Accuracy while training: mean, range of seeds")
-    right.set_title("Training loss")
-    right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    _note(figure, results)
+    style.title(figure, "While training: mean over seeds, shaded from the lowest to the highest seed")
+    style.legend(right, len(found))
+    _note(figure, results, "Variants that start from another one begin at its end.")
     return figure
 
 
-def claims_forest(results: Results, table: pd.DataFrame):
-    """Differences with 95 % intervals of every claim that the study could measure, with the paper's value and the margin.
-
-    Claims in percentage points only, so that one axis serves; the verdict is written out.
-    """
-    frame = replication(results)
-    part = frame[frame["verdict"].isin(DECIDED) & frame["delta"].notna() & frame["unit"].isin(["%", "pp"])]
-    if part.empty:
-        return None
-    part = part.sort_values(["role", "claim_id"], ascending=[False, True])
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.42 * len(part)))
-    for y, (_, row) in zip(_rows(part), part.iterrows()):
-        primary = row["role"] == "primary"
-        error = [[row["delta"] - row["delta_ci_low"]], [row["delta_ci_high"] - row["delta"]]]
-        axes.errorbar(row["delta"], y, xerr=error, capsize=3, marker="o", markersize=6, color="black", markerfacecolor="black" if primary else "white")
-        if row["claim_kind"] != "absolute" and not pd.isna(row["paper_value"]):
-            axes.plot(row["paper_value"], y, marker="x", color="#D55E00", markersize=7, markeredgewidth=1.8)
-        if not pd.isna(row["margin"]):
-            axes.fill_betweenx([y - 0.3, y + 0.3], -row["margin"], row["margin"], color="#DDDDDD", zorder=0, linewidth=0)
-        axes.annotate(row["verdict"], (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes.axvline(0, color="#777777", linewidth=0.8)
-    axes.set_yticks(_rows(part), part["claim_id"])
-    axes.set_ylim(-0.8, len(part) - 0.2)
-    axes.set_xlabel("difference (percentage points); grey band: margin of no relevance; ×: the paper's difference; filled: primary claim")
-    axes.set_title("Claims: our differences with 95 % intervals")
-    axes.grid(axis="y", visible=False)
-    _note(figure, results)
-    return figure
+FIGURES = (
+    claims_forest,
+    accuracy,
+    corruption_heatmap,
+    clean_against_corrupted,
+    accuracy_latency,
+    accuracy_energy,
+    training_curves,
+)

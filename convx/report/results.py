@@ -1,4 +1,5 @@
-"""Reading ``results/<study>``: the frozen study, the metrics files as one tidy table, per-image payloads, histories."""
+"""Reading ``results/<study>``: the frozen study, the metrics files as one tidy table, per-image payloads,
+histories."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from convx import config
+from convx import claims, config
+from convx.evidence import Table, same
 from convx.manifest import read_json
 
 FIRST = ["study", "variant", "seed", "what", "metric", "value", "unit", "n", "split"]
@@ -48,10 +50,15 @@ class Results:
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """Return the tidy table: one row a value, the conditions as columns; a failed step is one row without a value."""
+        """Return the tidy table: one row a value, the conditions as columns; a failed step is one row without
+        a value."""
         rows = []
         for record in self.records:
-            head = record["run"] | {"what": record["what"], "status": record["status"], "reason": record["reason"]}
+            head = record["run"] | {
+                "what": record["what"],
+                "status": record["status"],
+                "reason": record["reason"],
+            }
             if record["status"] == "failed":
                 rows.append(head | {"metric": "", "value": np.nan, "unit": "", "split": "", "method": ""})
             for row in record["rows"]:
@@ -63,19 +70,54 @@ class Results:
         conditions = sorted(set(frame.columns) - set(FIRST) - set(LAST))
         return frame[[*FIRST, *conditions, *LAST]]
 
-    def values(self, variant: str, metric: str, **conditions) -> pd.Series:
-        """Return the values of a metric of one variant, indexed by seed."""
-        frame = self.runs
-        mask = (frame["variant"] == variant) & (frame["metric"] == metric)
+    @cached_property
+    def _places(self) -> dict[tuple[str, str], np.ndarray]:
+        """Return where in ``runs`` the rows of each (variant, metric) stand: the table is asked hundreds of
+        times."""
+        return self.runs.groupby(["variant", "metric"]).indices
+
+    def rows(self, variant: str, metric: str, **conditions) -> pd.DataFrame:
+        """Return the rows of a metric of one variant under the conditions, one a seed where that can be.
+
+        What the conditions leave open is at its plainest, as for claims: not folded, float32, the smallest
+        batch, the test split.
+        """
+        frame = self.runs.iloc[self._places.get((variant, metric), [])]
         for key, value in conditions.items():
-            mask &= frame[key] == value if key in frame else False
-        part = frame[mask]
-        return pd.to_numeric(part.set_index("seed")["value"], errors="coerce").dropna().groupby(level=0).mean()
+            frame = frame[
+                [same(v, value) for v in frame[key]]
+                if key in frame and len(frame)
+                else np.zeros(len(frame), bool)
+            ]
+        return Table(frame, {}, {}).rows(variant, metric, conditions) if len(frame) else frame
+
+    def values(self, variant: str, metric: str, **conditions) -> pd.Series:
+        """Return the values of a metric of one variant, indexed by seed, from :meth:`rows`.
+
+        A metric that has several rows a seed there has no single value, and the answer is empty.
+        """
+        rows = self.rows(variant, metric, **conditions)
+        found = pd.to_numeric(rows["value"], errors="coerce").to_numpy(dtype=float)
+        values = pd.Series(found, index=rows["seed"].to_numpy())
+        values = values[np.isfinite(found)].sort_index()
+        return values[:0] if values.index.has_duplicates else values
+
+    def shares(self, variant: str, metric: str, values: pd.Series) -> np.ndarray | None:
+        """Return the results per image [seeds, images] behind ``values`` as shares of 1, or None where none
+        were kept."""
+        return Table(self.runs, self.per_image, {}).shares({"metric": metric}, variant, values)
 
     def method(self, variant: str, metric: str) -> str:
         """Return how a metric of a variant was measured."""
-        part = self.runs[(self.runs["variant"] == variant) & (self.runs["metric"] == metric)]
+        part = self.runs.iloc[self._places.get((variant, metric), [])]
         return str(part["method"].iloc[0]) if len(part) else ""
+
+    @cached_property
+    def replication(self) -> pd.DataFrame:
+        """Return the replication table: one row a claim of every paper, decided or with its reason."""
+        return claims.evaluate(
+            claims.load_ledgers(), self.runs, self.per_image, self.claims_study, self.exact
+        )
 
     def status(self, variant: str) -> tuple[str, str]:
         """Return ("ok" | "failed" | "incomplete" | "not run", reason) of a variant.
@@ -102,7 +144,9 @@ class Results:
         for record in self.records:
             if record["what"] == "evaluation" and record["per_image"]:
                 run = record["run"]
-                found.setdefault(run["variant"], {})[run["seed"]] = {k: decode(v) for k, v in record["per_image"].items()}
+                found.setdefault(run["variant"], {})[run["seed"]] = {
+                    k: decode(v) for k, v in record["per_image"].items()
+                }
         return found
 
     def history(self, variant: str, seed: int) -> pd.DataFrame | None:
@@ -113,19 +157,10 @@ class Results:
     @property
     def claims_study(self) -> dict:
         """Return the facts of the study that decide which claims are comparable."""
-        study = self.study
-        variants = {}
-        for name in self.variants:
-            training = config.training_settings(study, name)
-            variants[name] = {
-                "seeds": self.seeds(name),
-                "epochs": training["epochs"],
-                "model": config.variant_settings(study, name)["model"]["name"],
-            }
-        return {
-            "name": study["study"],
-            "data": study["data"],
-            "seeds": study["seeds"],
-            "variants": variants,
-            "reduced": study["reduced"],
-        }
+        return claims.study_facts(self.study)
+
+    @property
+    def exact(self) -> dict | None:
+        """Return the numbers of the exact checks, or None where they were not run."""
+        file = self.folder / "exact.json"
+        return read_json(file) if file.exists() else None

@@ -1,29 +1,23 @@
-"""The tables of a study: runs.csv (tidy), the comparison (one row a variant), the replication (one row a claim).
+"""The tables of a study: runs.csv (tidy), the comparison (one row a variant), the replication (one row a
+claim).
 
-They build from whatever metrics exist: a failed or missing run keeps its row, with the reason.
+They build from whatever metrics exist: a failed or missing run keeps its row, with the reason. The CSV files
+hold every row and column; the Markdown files hold what a person reads, in units that fit.
 """
 
-import math
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
-from convx import claims, config, statistics
 from convx.manifest import atomic
+from convx.report.comparison import COSTS, comparison, interval
+from convx.report.findings import MEASURED, SIGNS, found, how_sure, order, paper_says, reasons
 from convx.report.results import Results
+from convx.report.words import DASH, grouped, known, listed, number, scaled, significant, with_interval
 
-HUMAN = {
-    "parameters": "parameters",
-    "macs": "MACs / image",
-    "top1": "top-1 %",
-    "corruption": "corrupted top-1 %",
-    "latency_ms": "latency ms (batch 1)",
-    "latency_ratio": "ratio to baseline",
-    "inference_kwh": "kWh / 1000 images",
-    "inference_kgco2e": "kgCO2e / 1000 images",
-    "training_kwh": "training kWh",
-    "training_kgco2e": "training kgCO2e",
-}
+__all__ = ["comparison", "comparison_cells", "comparison_markdown", "interval", "markdown", "replication",
+           "replication_markdown", "write"]  # fmt: skip
 
 
 def write(folder: str | Path) -> None:
@@ -31,12 +25,16 @@ def write(folder: str | Path) -> None:
     results = Results(Path(folder))
     out = results.folder / "tables"
     compared = comparison(results)
-    replicated = replication(results)
     _csv(results.runs, out / "runs.csv")
     _csv(compared, out / "comparison.csv")
-    _csv(replicated, out / "replication.csv")
+    _csv(results.replication, out / "replication.csv")
     _text(comparison_markdown(results, compared), out / "comparison.md")
-    _text(replication_markdown(results, replicated), out / "replication.md")
+    _text(replication_markdown(results, results.replication), out / "replication.md")
+
+
+def replication(results: Results) -> pd.DataFrame:
+    """Return the replication table: one row a claim of every paper, decided or with its reason."""
+    return results.replication
 
 
 def _csv(frame: pd.DataFrame, path: Path) -> None:
@@ -49,102 +47,16 @@ def _text(text: str, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _first(values: pd.Series) -> float:
-    return float(values.iloc[0]) if len(values) else math.nan
-
-
-def interval(results: Results, variant: str, metric: str, **conditions) -> statistics.Interval | None:
-    """Return the mean of a percentage over seeds with its 95 % interval: Student's t, or Wilson on the test images for one seed."""
-    values = results.values(variant, metric, **conditions)
-    if not len(values):
-        return None
-    if len(values) > 1:
-        return statistics.t_interval(values.to_numpy())
-    frame = results.runs
-    n = frame[(frame["variant"] == variant) & (frame["metric"] == metric)]["n"].iloc[0]
-    if not n or math.isnan(n):
-        return statistics.Interval(_first(values), math.nan, math.nan, 0.95, 1, "one run, no interval")
-    share = statistics.wilson_interval(round(_first(values) / 100 * n), int(n))
-    return statistics.Interval(_first(values), 100 * share.low, 100 * share.high, 0.95, 1, "n=1, test-set interval only")
-
-
-def comparison(results: Results) -> pd.DataFrame:
-    """Return the comparison table: one row a variant, in the study's order."""
-    return pd.DataFrame([_row(results, name) for name in results.variants])
-
-
-def _row(results: Results, name: str) -> dict:
-    status, reason = results.status(name)
-    row: dict = {
-        "variant": name,
-        "paper": config.declared(name, "variants")["paper"],
-        "status": status,
-        "seeds_done": len(results.values(name, "top1")),
-        "seeds_planned": len(results.seeds(name)),
-    }
-    for column in ("parameters", "trainable_parameters", "stored_bytes"):
-        row[column] = _first(results.values(name, column))
-    row["macs"] = _first(results.values(name, "macs", folded="no"))
-    row["peak_memory_mib"] = _first(results.values(name, "peak_memory"))
-    for column, metric in (("top1", "top1"), ("corruption", "mean_corruption_accuracy")):
-        found = interval(results, name, metric)
-        for part in ("estimate", "low", "high"):
-            row[column + {"estimate": "", "low": "_low", "high": "_high"}[part]] = getattr(found, part) if found else math.nan
-    row["corruption_protocol"] = (results.study["evaluate"]["corruption"] or {}).get("protocol", "")
-    latency = results.study["evaluate"]["latency"] or {}
-    small = {"batch": min(latency.get("batches", [1])), "threads": min(latency.get("threads", [1])), "folded": "no"}
-    for part in ("median", "median_low", "median_high"):
-        row[f"latency_ms{part.removeprefix('median')}"] = _first(results.values(name, "latency", statistic=part, **small))
-    for part in ("median", "low", "high"):
-        value = _first(results.values(name, "latency_ratio", statistic=part, **small))
-        row["latency_ratio" + ("" if part == "median" else f"_{part}")] = 1.0 if name == results.study["baseline"] else value
-    for column, metric in (
-        ("inference_kwh", "inference_energy"),
-        ("inference_kgco2e", "inference_carbon"),
-        ("training_kwh", "training_energy"),
-        ("training_kgco2e", "training_carbon"),
-    ):
-        values = results.values(name, metric)
-        row[column] = float(values.mean()) if len(values) else math.nan
-    row["train_seconds"] = float(results.values(name, "train_seconds").mean())
-    row["energy_method"] = results.method(name, "inference_energy")
-    row["training_energy_method"] = results.method(name, "training_energy")
-    row["reason"] = reason
-    return row
-
-
-def replication(results: Results) -> pd.DataFrame:
-    """Return the replication table: one row a claim of every paper, decided or with its reason."""
-    return claims.evaluate(claims.load_ledgers(), results.runs, results.per_image, results.claims_study)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- text
-
-
-def number(value, digits: int = 3) -> str:
-    """Return a number for people: thousands as k and M, small ones with their exponent, a dash where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    size = abs(value)
-    for limit, mark in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= limit:
-            return f"{value / limit:.{digits}g} {mark}"
-    if size != 0 and size < 1e-2:
-        return f"{value:.2e}"
-    return f"{value:.{digits}g}"
-
-
-def _with_interval(row, column: str, decimals: int = 2) -> str:
-    value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
-    if math.isnan(value):
-        return "–"
-    return f"{value:.{decimals}f}" + ("" if math.isnan(low) else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -155,59 +67,153 @@ def head(results: Results, title: str) -> str:
     if study["description"]:
         lines += [study["description"], ""]
     if study["reduced"]:
-        lines += [f"**Reduced study**: {study['reduced']}. Absolute values are not comparable with the papers'.", ""]
+        lines += [
+            f"**Reduced study**: {study['reduced']}. Absolute values are not comparable with the papers'.",
+            "",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def comparison_cells(results: Results, frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the comparison for people: units in the header, one prefix a column."""
+    header = ["variant", "status", "seeds", "parameters", "MACs / image", "top-1 %", "corrupted top-1 %"]
+    header += [f"latency ms ({_latency_condition(frame)})", f"latency / `{results.study['baseline']}`"]
+    units = {}
+    for column in COSTS:
+        factor, prefix = units[column] = scaled(frame[column])
+        gas = column.endswith("kgco2e")
+        what = "training" if column.startswith("training") else "inference"
+        header.append(
+            f"{what} {prefix}{'gCO2e' if gas else 'Wh'}" + ("" if what == "training" else " / 1000 images")
+        )
+    rows = []
+    for _, row in frame.iterrows():
+        cells = [row["variant"], row["status"] + (f": {row['reason']}" if row["reason"] else "")]
+        cells += [
+            f"{row['seeds_done']}/{row['seeds_planned']}",
+            number(row["parameters"]),
+            number(row["macs"]),
+        ]
+        cells += [_measured(row, column, 2) for column in ("top1", "corruption")]
+        cells += [_measured(row, "latency_ms"), _measured(row, "latency_ratio", 2)]
+        for column, (factor, _) in units.items():
+            cells.append(significant(row[column] * factor) if known(row[column]) else DASH)
+        rows.append(cells)
+    return header, rows
+
+
+def _measured(row, column: str, places: int | None = None) -> str:
+    return with_interval(row[column], row[f"{column}_low"], row[f"{column}_high"], places)
+
+
+def _latency_condition(frame: pd.DataFrame) -> str:
+    batches = sorted({int(b) for b in frame["latency_batch"].dropna()})
+    devices = sorted(set(frame["latency_device"].dropna()))
+    return f"batch {listed([str(b) for b in batches]) or 1}" + (f", {', '.join(devices)}" if devices else "")
+
+
+def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
+    """Return how each figure of the comparison was obtained, one sentence or two a note."""
+    notes = []
+    for label, column in (("Top-1", "top1_interval"), ("Corrupted top-1", "corruption_interval")):
+        ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
+        if ways:
+            notes.append(
+                f"{label}: the bracket is the 95 % interval of the mean over seeds, by {'; '.join(ways)}."
+            )
+    protocol = results.study["evaluate"]["corruption"]
+    if protocol and frame["corruption"].notna().any():
+        made = "" if protocol["protocol"] == "official" else ", images regenerated"
+        notes.append(
+            f"Corrupted images: mean over corruptions and severities, protocol "
+            f"`{protocol['protocol']}`{made}."
+        )
+    if frame["latency_ms"].notna().any():
+        notes.append(
+            "Latencies are medians with the 95 % interval of the median. Each ratio was measured in one "
+            "process, the variant "
+            f"and `{results.study['baseline']}` by turns, and has its own interval; two latencies from "
+            f"different rows were "
+            "not measured side by side."
+        )
+    for label, column in (("Inference", "energy_method"), ("Training", "training_energy_method")):
+        ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
+        if ways:
+            rank = " Estimates are never ranked." if any("estimate" in way for way in ways) else ""
+            notes.append(f"{label} energy: {'; '.join(ways)}.{rank}")
+    return notes
 
 
 def comparison_markdown(results: Results, frame: pd.DataFrame) -> str:
     """Return the comparison table for people, with how each figure was obtained below it."""
-    rows = []
-    for _, row in frame.iterrows():
-        rows.append(
-            [
-                f"`{row['variant']}`",
-                f"{row['status']}" + (f" ({row['reason']})" if row["reason"] else ""),
-                f"{row['seeds_done']}/{row['seeds_planned']}",
-                number(row["parameters"]),
-                number(row["macs"]),
-                _with_interval(row, "top1"),
-                _with_interval(row, "corruption"),
-                _with_interval(row, "latency_ms"),
-                _with_interval(row, "latency_ratio"),
-                number(row["inference_kwh"]),
-                number(row["inference_kgco2e"]),
-                number(row["training_kwh"]),
-                number(row["training_kgco2e"]),
-            ]
-        )
-    notes = [
-        "",
-        "Brackets are 95 % intervals: of accuracies over seeds (Student's t; with one seed, of the test images alone), of latencies of the median.",
-        f"Latency ratios are paired with `{results.study['baseline']}`, both models interleaved in one process.",
-    ]
-    protocol = results.study["evaluate"]["corruption"]
-    if protocol:
-        notes.append(f"Corrupted accuracy: mean over corruptions and severities, protocol `{protocol['protocol']}`" + ("." if protocol["protocol"] == "official" else ", regenerated."))
-    for label, column in (("Inference", "energy_method"), ("Training", "training_energy_method")):
-        methods = sorted({m for m in frame[column] if m})
-        if methods:
-            notes.append(f"{label} energy: {'; '.join(methods)}. Estimates are never ranked.")
-    table = markdown(["variant", "status", "seeds", *HUMAN.values()], rows)
-    return head(results, "Comparison") + table + "\n".join(f"\n{note}" for note in notes if note) + "\n"
+    header, rows = comparison_cells(results, frame)
+    table = markdown(header, [[f"`{row[0]}`", *row[1:]] for row in rows])
+    return (
+        head(results, "Comparison")
+        + table
+        + "".join(f"\n{note}\n" for note in comparison_notes(results, frame))
+    )
 
 
 def replication_markdown(results: Results, frame: pd.DataFrame) -> str:
-    """Return the replication table for people, primary claims first."""
+    """Return the replication table for people: primary claims, then what was measured, then the rest counted
+    by paper."""
+    counts = Counter(frame["verdict"])
     parts = [head(results, "Replication")]
-    counts = frame["verdict"].value_counts()
-    parts.append("Verdicts: " + ", ".join(f"{count} {word}" for word, count in counts.items()) + ".\n\n")
-    for role in ("primary", "exploratory"):
-        rows = []
-        for _, row in frame[frame["role"] == role].iterrows():
-            ours = "–" if pd.isna(row["ours_mean"]) else f"{row['ours_mean']:.2f} (n={int(row['ours_n'])})"
-            delta = "–" if pd.isna(row["delta"]) else f"{row['delta']:.2f} [{row['delta_ci_low']:.2f}, {row['delta_ci_high']:.2f}]"
-            paper = "–" if pd.isna(row["paper_value"]) else f"{row['paper_value']:g} {row['unit']}"
-            rows.append([row["claim_id"], row["statement"], paper, ours, delta, f"**{row['verdict']}**", row["reason"] or ""])
-        parts.append(f"## {role.capitalize()} claims\n\n")
-        parts.append(markdown(["claim", "what is claimed", "paper", "ours", "difference [95 %]", "verdict", "reason"], rows) + "\n")
+    parts.append(f"{len(frame)} claims of {frame['paper_key'].nunique()} papers: ")
+    parts.append(", ".join(f"{counts[word]} {word}" for word in order(counts)) + ".\n\n")
+    primary, measured, computed, rest = split(frame)
+    reduced = results.study["reduced"]
+    for title, part in (
+        ("Primary claims", primary),
+        ("Exploratory claims that were measured", measured),
+        ("Claims that were computed", computed),
+    ):
+        if len(part):
+            parts.append(f"## {title}\n\n" + _claims(part, reduced) + "\n")
+    if len(rest):
+        parts.append("## All other claims, by paper\n\nEach one is a row of `replication.csv`.\n")
+    for paper, part in rest.groupby("paper_key", sort=True):
+        parts.append(f"\n### {paper}: {len(part)}\n\n")
+        for word, reason, names in reasons(part, reduced):
+            parts.append(
+                f"- {len(names)} **{word}**: {reason}. Claims {listed([f'`{name}`' for name in names], 3)}\n"
+            )
     return "".join(parts)
+
+
+def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+    """Return the primary claims, the exploratory ones with a measured number, those with a computed one, and
+    all others; the first three by verdict, decided ones first, within that in the ledgers' order."""
+    primary = frame["role"] == "primary"
+    number = ~primary & frame["verdict"].isin(MEASURED)
+    exact = frame["claim_kind"] == "exact"
+    rank = frame["verdict"].map({word: place for place, word in enumerate(SIGNS)})
+    parts = []
+    for chosen in (primary, number & ~exact, number & exact):
+        parts.append(
+            frame[chosen].assign(rank=rank[chosen]).sort_values("rank", kind="stable").drop(columns="rank")
+        )
+    return *parts, frame[~primary & ~number]
+
+
+def _claims(frame: pd.DataFrame, reduced: str) -> str:
+    header = [
+        "claim",
+        "what is claimed",
+        "the paper says",
+        "we found [95 %]",
+        "verdict",
+        "how sure, or why not",
+    ]
+    rows = []
+    for _, row in frame.iterrows():
+        texts = [
+            row["statement"],
+            paper_says(row),
+            found(row),
+            f"**{row['verdict']}**",
+            how_sure(row, reduced),
+        ]
+        rows.append([f"`{row['claim_id']}`", *texts])
+    return markdown(header, rows)

@@ -4,13 +4,15 @@ parameters.
 Everything reads a model with DCLS layers, or the history of its training; nothing trains.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from convx.evaluate import row
 from convx.layers.dcls import DCLSConv2d
 from convx.layers.dcls_spacings import iso_parameter_kernel_count, limits, spread
+from convx.papers.dcls.curves import curves
 
 __all__ = [
     "curves",
@@ -23,7 +25,9 @@ __all__ = [
 ]
 DENSE_SIDE = 7  # of the kernels that DCLS replaces in ConvNeXt
 LEAST_SHARE = 5.0  # percent of the taps beyond the dense kernel from which on the taps count as spread
-METHOD = "learned positions, each shared set once, taps weighed equally"
+QUANTILES = {"tap_radius_p10": 0.1, "tap_radius_p50": 0.5, "tap_radius_p90": 0.9}
+METHOD = "positions of the taps, each shared set once, taps weighed equally"
+UNITS = {"tap_radius_mean": "px", "tap_overlap": "px", "tap_share_outside": "%", "repulsive_loss": "px^2"}
 
 
 def dcls_layers(model: nn.Module, once: bool = True) -> dict[str, DCLSConv2d]:
@@ -41,33 +45,50 @@ def dcls_layers(model: nn.Module, once: bool = True) -> dict[str, DCLSConv2d]:
     return found
 
 
+def _measures(radius: torch.Tensor, overlap: float, outside: float) -> dict[str, float]:
+    """Return the measures of some taps from their radii [n], their overlap and the percentage outside."""
+    ordered = radius.flatten().sort()[0]
+    quantiles = {name: ordered[int(q * (len(ordered) - 1))].item() for name, q in QUANTILES.items()}
+    mean = {"tap_radius_mean": ordered.mean().item()}
+    return mean | quantiles | {"tap_overlap": overlap, "tap_share_outside": outside}
+
+
 @torch.no_grad()
-def rows(model: nn.Module, split: str = "none", dense_side: int = DENSE_SIDE) -> list[dict]:
+def rows(
+    model: nn.Module,
+    split: str = "",
+    dense_side: int | Mapping[str, int] = DENSE_SIDE,
+    layers: bool = True,
+    **conditions,
+) -> list[dict]:
     """Return metric rows of the tap positions, for each set of positions and for all of them (layer "all").
 
-    tap_radius_mean and tap_radius_p90: distance from the centre in px; tap_overlap: mean over tap pairs of
-    max(0, 1 - distance); tap_share_outside: percent of the taps beyond a centred kernel of ``dense_side``,
-    which the dense kernel could not have; n is the number of taps.
+    tap_radius_mean, _p10, _p50 and _p90: distance from the centre in px; tap_overlap: mean over tap pairs of
+    max(0, 1 - distance in px); tap_share_outside: percent of the taps nearest to a cell beyond a kernel of
+    ``dense_side``, which the dense kernel could not have; repulsive_loss (of all): the square of the mean
+    overlap over the sets, as trained; n is the number of taps. ``dense_side`` is one number or one for each
+    layer by name. ``layers`` False leaves out the single sets; ``conditions`` go to every row.
     """
     sets = {name: layer.positions.detach().double() for name, layer in dcls_layers(model).items()}
-    found = {}
+    sides = {name: dense_side[name] if isinstance(dense_side, Mapping) else dense_side for name in sets}
+    found, radii = {}, {}
     for name, positions in sets.items():
-        values = {key: value.item() for key, value in spread(positions).items()}
-        outside = (positions.abs().amax(0) > dense_side // 2).double().mean().item()
-        found[name] = values | {"tap_share_outside": 100 * outside}, positions[0].numel()
-    radius = torch.cat([positions.norm(dim=0).flatten() for positions in sets.values()]).sort()[0]
-    taps = [n for _, n in found.values()]
-    together = {
-        "tap_radius_mean": radius.mean().item(),
-        "tap_radius_p90": radius[int(0.9 * (len(radius) - 1))].item(),
-        "tap_overlap": sum(values["tap_overlap"] for values, _ in found.values()) / len(found),
-        "tap_share_outside": sum(v["tap_share_outside"] * n for v, n in found.values()) / sum(taps),
-    }
-    units = {"tap_radius_mean": "px", "tap_radius_p90": "px", "tap_overlap": "px", "tap_share_outside": "%"}
+        radii[name] = positions.norm(dim=0).flatten()
+        outside = (positions.abs().amax(0) > sides[name] / 2).double().mean().item()
+        overlap = spread(positions)["tap_overlap"].item()
+        found[name] = _measures(radii[name], overlap, 100 * outside), len(radii[name]), sides[name]
+    taps = sum(n for _, n, _ in found.values())
+    overlap = sum(values["tap_overlap"] for values, _, _ in found.values()) / len(found)
+    outside = sum(values["tap_share_outside"] * n for values, n, _ in found.values()) / taps
+    together = _measures(torch.cat(list(radii.values())), overlap, outside) | {"repulsive_loss": overlap**2}
+    found = found if layers else {}
+    side = next(iter(sides.values())) if len(set(sides.values())) == 1 else "of each layer"
     return [
-        {"metric": metric, "value": value, "unit": units[metric], "n": n, "split": split,
-         "conditions": {"layer": layer, "dense_side": dense_side}, "method": METHOD}
-        for layer, (values, n) in [*found.items(), ("all", (together, sum(taps)))]
+        row(
+            metric, value, UNITS.get(metric, "px"), n=n, split=split, method=METHOD,
+            layer=layer, dense_side=wide, **conditions,
+        )
+        for layer, (values, n, wide) in [*found.items(), ("all", (together, taps, side))]
         for metric, value in values.items()
     ]  # fmt: skip
 
@@ -76,7 +97,8 @@ def unspread(metric_rows: Iterable[dict], least: float = LEAST_SHARE) -> str | N
     """Return why a claim about learned spacings is not comparable, or None when the taps did spread.
 
     They did when at least ``least`` percent of all taps stand where the dense kernel has none; taps that stay
-    in its core test a small kernel with fewer weights, whatever the accuracy.
+    in its core test a small kernel with fewer weights, whatever the accuracy. ``metric_rows`` are those of
+    one state of one network (see :func:`rows`).
     """
     found = {r["metric"]: r["value"] for r in metric_rows if r["conditions"].get("layer") == "all"}
     if found["tap_share_outside"] >= least:
@@ -113,17 +135,3 @@ def position_histograms(model: nn.Module, weighted: bool = False) -> dict[str, t
 def kernels(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return {layer: [C_out, C_in / groups, h, w]}, the dense kernels of every DCLS layer, on the CPU."""
     return {name: layer.effective_kernel().cpu() for name, layer in dcls_layers(model, once=False).items()}
-
-
-def curves(history: list[dict], quantity: str = "tap_radius_mean") -> dict[str, list[float]]:
-    """Return {layer: value per epoch} of one quantity that the DCLS layers add to a training history.
-
-    ``quantity`` is tap_radius_mean, tap_radius_p90 (px) or tap_overlap; epoch 0 is before any update. The
-    repulsive loss of an epoch is the square of the mean of tap_overlap over the layers. Raises ``ValueError``
-    when the history has none.
-    """
-    suffix = f".{quantity}"
-    names = [key for key in history[0] if key.endswith(suffix)] if history else []
-    if not names:
-        raise ValueError(f"the history has no column *{suffix}; was the network trained with DCLS layers?")
-    return {name.removesuffix(suffix): [float(row[name]) for row in history] for name in names}

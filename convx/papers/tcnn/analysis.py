@@ -6,13 +6,13 @@ features of an earlier one gives curves that look right and are not. Positions c
 """
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
 
 from convx.layers.gpsa import GatedPositionalAttention
 from convx.layers.gpsa_positions import centres_and_spans, key_positions, profile, query_positions
+from convx.papers.tcnn.locality import epsilon
 
 METHOD = "attention maps on the layer's own inputs, evaluation mode"
 
@@ -26,9 +26,7 @@ def recast_layers(model: nn.Module) -> dict[str, GatedPositionalAttention]:
 
 
 @torch.no_grad()
-def activations(
-    model: nn.Module, images_BCHW: Tensor, names: list[str], inputs: bool = False
-) -> dict[str, Tensor]:
+def activations(model: nn.Module, images_BCHW: Tensor, names: list[str], inputs: bool = False) -> dict[str, Tensor]:
     """Return the outputs (or the inputs) of the named modules in one evaluation pass."""
     caught: dict[str, Tensor] = {}
 
@@ -94,9 +92,7 @@ def non_locality(layer: GatedPositionalAttention, x_BCHW: Tensor, kind: str = "m
     return total / len(x_BCHW)
 
 
-def attention_at(
-    layer: GatedPositionalAttention, x_BCHW: Tensor, row: int, column: int, kind: str = "mixed"
-) -> Tensor:
+def attention_at(layer: GatedPositionalAttention, x_BCHW: Tensor, row: int, column: int, kind: str = "mixed") -> Tensor:
     """Return what an output pixel attends to: [B or 1, heads, key rows, key columns], with the halo."""
     maps = attention_maps(layer, x_BCHW)
     columns_out = len(query_positions(x_BCHW.shape[3], *layer.axes[1]))
@@ -137,21 +133,8 @@ def rows(model: nn.Module, images_BCHW: Tensor, split: str = "test") -> list[dic
     return found
 
 
-def epsilon(alpha: float) -> float:
-    """Return the positional attention that misses its pixel on an unbounded grid: ``1 - theta(alpha)^-2``.
-
-    ``theta = sum over all n of exp(-alpha n^2)``; about ``4 exp(-alpha)`` from alpha = 4 on, the relative
-    error of a layer.
-    """
-    reach = 1 + int(math.sqrt(745 / alpha))
-    beside = 2 * math.fsum(math.exp(-alpha * n * n) for n in range(1, reach + 1))
-    return -math.expm1(-2 * math.log1p(beside))
-
-
 @torch.no_grad()
-def initial_error(
-    conv: nn.Conv2d, x_BCHW: Tensor, alphas: list[float], **settings
-) -> list[tuple[float, float, float]]:
+def initial_error(conv: nn.Conv2d, x_BCHW: Tensor, alphas: list[float], **settings) -> list[tuple[float, float, float]]:
     """Return (alpha, relative L2 error of the recast convolution, epsilon(alpha)) of each locality (float64).
 
     ``settings`` go to the layer, e.g. ``gate="sigmoid", gate_init=3.0`` for the error of an open gate.
@@ -176,21 +159,23 @@ def linear_cka(x_BD: Tensor, y_BE: Tensor) -> float:
     """
     if len(x_BD) != len(y_BE):
         raise ValueError(f"linear_cka: {len(x_BD)} images against {len(y_BE)}")
-    gram_x, gram_y = (_centred_gram(f.flatten(1).double()) for f in (x_BD, y_BE))
-    norms = gram_x.norm() * gram_y.norm()
-    if norms == 0:
+    return float((unit_gram(x_BD) * unit_gram(y_BE)).sum())
+
+
+def unit_gram(features_BD: Tensor) -> Tensor:
+    """Return the Gram matrix [B, B] of centred features over its norm; the linear CKA is the product of two of them.
+
+    ``ValueError`` when the features of all images are the same.
+    """
+    features = features_BD.flatten(1).double()
+    centred = features - features.mean(0)
+    gram = centred @ centred.T
+    if gram.norm() == 0:
         raise ValueError("linear_cka: the features of one set are the same for all images")
-    return float((gram_x * gram_y).sum() / norms)
+    return gram / gram.norm()
 
 
-def _centred_gram(features_BD: Tensor) -> Tensor:
-    centred = features_BD - features_BD.mean(0)
-    return centred @ centred.T
-
-
-def cka_rows(
-    model: nn.Module, reference: nn.Module, images_BCHW: Tensor, layers: list[str], split: str = "test"
-):
+def cka_rows(model: nn.Module, reference: nn.Module, images_BCHW: Tensor, layers: list[str], split: str = "test"):
     """Return a metric row ``linear_cka`` for each named module that both models have, e.g. the stages."""
     ours, theirs = (activations(net, images_BCHW, layers) for net in (model, reference))
     return [
