@@ -127,7 +127,8 @@ class Plan:
 
     def memory(self, wildcards) -> int:
         """Return the memory in MB that a job asks for, by the size of the images (a bound, not a measurement)."""
-        return 3000 if (self.study["data"]["image_size"] or 0) <= 64 else 16000
+        native = 224 if self.study["data"]["name"] == "folder" else 64
+        return 3000 if (self.study["data"]["image_size"] or native) <= 64 else 16000
 
     # -------------------------------------------------------------------------------------------------------------- inputs
 

@@ -42,6 +42,7 @@ CORE = {
     "corrupt": ["data/corruptions"],
     "report": [
         "report",
+        "papers",
         *(
             f"{name}.py"
             for name in ("claims", "ledger", "evidence", "verdicts", "statistics", "intervals", "resampling")

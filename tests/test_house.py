@@ -62,7 +62,7 @@ def test_imports_point_downward(file):
         return
     assert parts[0] in RANK, f"{file.name} has no storey; put it into STOREYS"
     # The figures of a paper's folder are drawn by the report and stand beside it.
-    own = RANK["report"] if parts[0] == "papers" and parts[-1] == "figures" else RANK[parts[0]]
+    own = RANK["report"] if parts[0] == "papers" and parts[-1] in ("figures", "pictures") else RANK[parts[0]]
     for name in imported(ast.parse(file.read_text())) - FACTS:
         other = name.split(".")[1]
         assert RANK[other] <= own, f"{'.'.join(parts)} imports {name}, which stands above it"
