@@ -106,9 +106,7 @@ def compare(protocol: str, repeats: int, workers: int) -> float:
     loops = [sum(loop_ms[c][r] for c in MAIN) for r in range(repeats)]
     ours = [sum(ours_ms[c][r] for c in MAIN) for r in range(repeats)]
     ratio = statistics.median(a / b for a, b in zip(loops, ours, strict=True))
-    print(
-        f"{'sum of the 15':<20}{statistics.median(loops):>10.3f}{statistics.median(ours):>10.3f}{ratio:>8.1f}"
-    )
+    print(f"{'sum of the 15':<20}{statistics.median(loops):>10.3f}{statistics.median(ours):>10.3f}{ratio:>8.1f}")
 
     whole = [a / b for a, b in zip(loop_walls, build_walls, strict=True)]
     print(

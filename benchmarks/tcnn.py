@@ -37,11 +37,7 @@ class Textbook(nn.Module):
         layer, p = self.layer, self.p
         (B, _, H, W), heads, dim = x_BCHW.shape, layer.heads, layer.key_dim
         tokens_BNC = F.pad(x_BCHW, (p, p, p, p)).flatten(2).transpose(1, 2)
-        q_BHQD = (
-            F.linear(x_BCHW.flatten(2).transpose(1, 2), layer.query)
-            .view(B, H * W, heads, dim)
-            .transpose(1, 2)
-        )
+        q_BHQD = F.linear(x_BCHW.flatten(2).transpose(1, 2), layer.query).view(B, H * W, heads, dim).transpose(1, 2)
         k_BHND = F.linear(tokens_BNC, layer.key).view(B, -1, heads, dim).transpose(1, 2)
         y, x = torch.meshgrid(torch.arange(-p, H + p), torch.arange(-p, W + p), indexing="ij")
         halo_N = ((y < 0) | (y >= H) | (x < 0) | (x >= W)).flatten()
@@ -70,9 +66,7 @@ def open_layer(channels: int, size: int, batch: int):
 
 def peak_mib(call) -> float:
     """Return the most that is allocated during a call beyond what was there, in MiB."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     now = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -109,9 +103,7 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")

@@ -60,16 +60,12 @@ def pack(folder: str | Path, out: str | Path | None = None, weights: bool = Fals
     """
     folder = _study_folder(folder).resolve()
     if not re.fullmatch(NAME, folder.name):
-        raise ConfigError(
-            f"{folder}: the folder of a study is named like it, in small letters, digits and underscores"
-        )
+        raise ConfigError(f"{folder}: the folder of a study is named like it, in small letters, digits and underscores")
     wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "exact.json", "tables/*"]
     if weights:
         wanted.append("runs/**/*.safetensors")
     found = {file for pattern in wanted for file in folder.glob(pattern) if file.is_file()}
-    files = sorted(
-        file for file in found if not file.name.startswith(".")
-    )  # not what is being written just now
+    files = sorted(file for file in found if not file.name.startswith("."))  # not what is being written just now
     out = Path(out or f"{folder.name}.convx.tar.gz")
     sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
     head = {"schema_version": BUNDLE_SCHEMA_VERSION, "study": folder.name, "files": sums}
@@ -163,16 +159,9 @@ def _check(bundle: Path, expected: dict[str, str]) -> None:
                 seen.add(LIST)
                 continue
             if member.name not in expected or member.name in seen or not member.isfile():
-                raise ConfigError(
-                    f"{bundle}: {member.name} is not a file of its list; it is damaged, ask for it again"
-                )
+                raise ConfigError(f"{bundle}: {member.name} is not a file of its list; it is damaged, ask for it again")
             seen.add(member.name)
-            if (
-                hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest()
-                != expected[member.name]
-            ):
-                raise ConfigError(
-                    f"{bundle}: {member.name} does not match its sha256; it is damaged, ask for it again"
-                )
+            if hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest() != expected[member.name]:
+                raise ConfigError(f"{bundle}: {member.name} does not match its sha256; it is damaged, ask for it again")
     if missing := sorted(set(expected) - seen):
         raise ConfigError(f"{bundle}: {missing[0]} is missing; it is damaged, ask for it again")

@@ -59,7 +59,7 @@ class _Strip(ast.NodeTransformer):
         self.generic_visit(node)
         body = node.body
         if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            node.body = [entry for entry in body[1:]] or [ast.Pass()]
+            node.body = body[1:] or [ast.Pass()]
         return node
 
     visit_Module = visit_FunctionDef = visit_ClassDef = visit_AsyncFunctionDef = _visit
@@ -81,7 +81,8 @@ def _file_digest(relative: str) -> str:
 
 def _imported(node: ast.AST, package: str) -> set[str]:
     """Return the files of ``convx/<package>/`` (``a/b`` is a package too) that a piece of code imports, relative to convx."""
-    files, dotted = set(), f"convx.{package}".replace("/", ".")
+    files, dotted = set(), f"convx.{package}".replace("/", ".").rstrip(".")
+    folder = f"{package}/" if package else ""
     for entry in ast.walk(node):
         if isinstance(entry, ast.ImportFrom):
             module = entry.module or ""
@@ -98,7 +99,7 @@ def _imported(node: ast.AST, package: str) -> set[str]:
             names = [name.removeprefix(f"{dotted}.").split(".")[0] for name in starts]
         else:
             continue
-        files |= {f"{package}/{name}.py" for name in names if (PACKAGE / package / f"{name}.py").exists()}
+        files |= {f"{folder}{name}.py" for name in names if (PACKAGE / package / f"{name}.py").exists()}
     return files
 
 
@@ -115,13 +116,17 @@ def _layers_of(relative: str) -> frozenset[str]:
 
 @lru_cache
 def _evaluator_of(paper: str) -> frozenset[str]:
-    """Return the evaluator of a paper's folder, if it has one, with what it imports of that folder, of evaluate/ and of layers/."""
+    """Return the evaluator of a paper's folder, if it has one, with what it imports that decides numbers.
+
+    That is: of its folder, of evaluate/, of layers/, and the two files at the top that are no bookkeeping.
+    """
     folder = f"papers/{paper}"
     queue = [f"{folder}/evaluate.py"] if (PACKAGE / folder / "evaluate.py").exists() else []
     found = set(queue)
     while queue:
         tree = _tree(queue.pop())
-        new = {file for package in (folder, "evaluate", "layers") for file in _imported(tree, package)} - found
+        new = {file for package in (folder, "evaluate", "layers") for file in _imported(tree, package)}
+        new = (new | (_imported(tree, "") & {"replacing.py", "seeds.py"})) - found
         found |= new
         queue += new
     return frozenset(found)

@@ -126,7 +126,7 @@ class Progress:
         self.checkpoints = self.folder / "checkpoints"
 
     def __enter__(self):
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held until the process ends or leaves the block
+        self._lock = open(self.folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -68,9 +68,7 @@ def build(root: Path, images: int = 400, failed=(), missing=(), payloads: bool =
     return folder
 
 
-def _run(
-    folder: Path, study: dict, name: str, seed: int, place: int, images: int, fails: bool, payloads: bool
-) -> None:
+def _run(folder: Path, study: dict, name: str, seed: int, place: int, images: int, fails: bool, payloads: bool) -> None:
     recipe = config.resolve(study, name, seed)
     rng = np.random.default_rng([place, seed])
     where = folder / "metrics" / name / f"seed{seed}"
@@ -87,9 +85,7 @@ def _run(
         energy = f"estimate (CPU load x TDP 8 W; shared: process-level estimate; {seconds:.1f} s; CodeCarbon)"
         file.add("train_seconds", seconds, "s", method="wall clock")
         file.add("training_energy", seconds * 1e-6, "kWh", method=energy, scope="process", source="estimate")
-        file.add(
-            "training_carbon", seconds * 4.75e-7, "kgCO2e", method=energy, scope="process", source="estimate"
-        )
+        file.add("training_carbon", seconds * 4.75e-7, "kgCO2e", method=energy, scope="process", source="estimate")
     with record("evaluation") as file:
         if fails:
             raise Failure("the training it needs failed: the loss is not finite in epoch 2")
@@ -101,9 +97,7 @@ def _run(
         _history(folder / "histories" / name / f"seed{seed}.csv", rng, recipe["training"]["epochs"])
 
 
-def _evaluation(
-    file: MetricsFile, rng: np.random.Generator, accuracy: float, images: int, payloads: bool
-) -> None:
+def _evaluation(file: MetricsFile, rng: np.random.Generator, accuracy: float, images: int, payloads: bool) -> None:
     ease_N = np.random.default_rng(7).normal(size=images)  # the images are the same for every run
     chance_N = np.clip(accuracy + 0.04 * ease_N + 0.004 * rng.normal(), 0, 1)
     correct_N = rng.random(images) < chance_N
@@ -156,6 +150,4 @@ def _history(path: Path, rng: np.random.Generator, epochs: int) -> None:
         writer.writerow([0, 10.0, "", ""])
         for epoch in range(1, epochs + 1):
             top1 = 100 - 90 / (1 + epoch) + rng.normal()
-            writer.writerow(
-                [epoch, f"{top1:.3f}", f"{2.3 / epoch + 0.05 * rng.random():.4f}", f"{top1 + 1:.3f}"]
-            )
+            writer.writerow([epoch, f"{top1:.3f}", f"{2.3 / epoch + 0.05 * rng.random():.4f}", f"{top1 + 1:.3f}"])

@@ -34,18 +34,14 @@ def packed(folder, tmp_path) -> Path:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_round_trip_without_weights(folder, packed, tmp_path):
     text = bundle.unpack(packed, tmp_path / "results")
     here, there = _content(folder), _content(tmp_path / "results" / "made_up")
     assert there == {name: data for name, data in here.items() if not name.startswith("runs/")}
-    assert {"study.json", "tables/runs.csv", "metrics/cnn/seed0/cost.json", "histories/cnn/seed2.csv"} <= set(
-        there
-    )
+    assert {"study.json", "tables/runs.csv", "metrics/cnn/seed0/cost.json", "histories/cnn/seed2.csv"} <= set(there)
     assert f"{len(there)} files, all checksums matched" in text
     assert bundle.unpack(packed, tmp_path / "results") == text  # again: nothing differs, nothing is lost
 
@@ -68,18 +64,14 @@ def test_same_bytes_twice_whatever_the_times(folder, packed, tmp_path):
 
 def test_everything_is_drawn_from_a_bundle_alone(folder, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "paper_figures", lambda results, out: [])  # they have tests of their own
-    monkeypatch.setattr(
-        figures, "FIGURES", (figures.claims_forest, figures.accuracy, figures.accuracy_latency)
-    )
+    monkeypatch.setattr(figures, "FIGURES", (figures.claims_forest, figures.accuracy, figures.accuracy_latency))
     made = {}
     bundle.unpack(packed, tmp_path / "results")
     for root in (folder, tmp_path / "results" / "made_up"):
         tables.write(root)
         assert "accuracy" in figures.draw(root)
         page.write(root)
-        made[root] = {
-            k: v for k, v in _content(root).items() if k.startswith(("tables/", "figures/", "report/"))
-        }
+        made[root] = {k: v for k, v in _content(root).items() if k.startswith(("tables/", "figures/", "report/"))}
     assert len(made[folder]) == 5 + 6 + 1 and made[folder] == made[tmp_path / "results" / "made_up"]
 
 
@@ -122,9 +114,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(packed, tmp_path):
     assert refused > 40
 
 
-def _forge(
-    path: Path, files: dict[str, bytes], head: dict | bytes | None = None, link: str | None = None
-) -> Path:
+def _forge(path: Path, files: dict[str, bytes], head: dict | bytes | None = None, link: str | None = None) -> Path:
     """Write a bundle with right checksums by hand: names without the study's folder are taken as they are."""
     sums = {name.removeprefix("made_up/"): hashlib.sha256(data).hexdigest() for name, data in files.items()}
     head = {"schema_version": 1, "study": "made_up", "files": sums} | (head if isinstance(head, dict) else {})
@@ -154,9 +144,7 @@ def test_no_path_leaves_the_results_folder(tmp_path, name):
 @pytest.mark.parametrize("study", ["../up", "a/b", "", "Upper", None, "x\n"])
 def test_a_study_has_a_plain_name(tmp_path, study):
     with pytest.raises(ConfigError, match="is not the name of a study"):
-        bundle.unpack(
-            _forge(tmp_path / "f.tar.gz", {"made_up/study.json": b"{}"}, {"study": study}), tmp_path / "r"
-        )
+        bundle.unpack(_forge(tmp_path / "f.tar.gz", {"made_up/study.json": b"{}"}, {"study": study}), tmp_path / "r")
 
 
 def test_links_and_strangers_are_refused(tmp_path):
@@ -226,9 +214,7 @@ def test_retry_forgets_a_failed_training_and_what_was_measured_on_it(tmp_path):
 def test_retry_of_a_failed_measurement_keeps_the_training(tmp_path):
     folder = build(tmp_path, images=20)
     file = folder / "metrics" / "cnn" / "seed0" / "cost.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"status": "failed", "reason": "out of memory"})
-    )
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "failed", "reason": "out of memory"}))
     before = _content(folder)
     assert bundle.retry(folder, "tcnn") == [f"{folder}: no failed run of tcnn"] and _content(folder) == before
     assert bundle.retry(folder, "cnn") == ["cnn seed0 cost: forgotten (out of memory)"]

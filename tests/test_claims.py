@@ -69,9 +69,7 @@ def rows(variant, values, metric="top1", status="ok", n=10_000, method="counted"
         "method": method,
         "status": status,
     }
-    return [
-        head | {"seed": seed, "value": value, "reason": ""} | conditions for seed, value in enumerate(values)
-    ]
+    return [head | {"seed": seed, "value": value, "reason": ""} | conditions for seed, value in enumerate(values)]
 
 
 def study(variants=("new", "cnn"), seeds=4, **changes):
@@ -104,11 +102,7 @@ def around(mean, spread=TIGHT):
 def test_absolute_claims(mean, spread, verdict):
     row = decide(claim("absolute", margin=1.0), rows("new", around(mean, spread)))
     assert row["verdict"] == verdict
-    assert (
-        row["ours_mean"] == pytest.approx(mean)
-        and row["delta"] == pytest.approx(mean - 90)
-        and row["ours_n"] == 4
-    )
+    assert row["ours_mean"] == pytest.approx(mean) and row["delta"] == pytest.approx(mean - 90) and row["ours_n"] == 4
     # The paper's n is unknown: its value carries the binomial error of the test set.
     sd = np.std(around(mean, spread), ddof=1)
     inner = statistics.compare_to_paper(around(mean, spread), 90, test_images=10_000).interval(0.90)
@@ -236,9 +230,7 @@ def test_what_was_not_measured_keeps_its_row():
     row = decide(claim("absolute", metric="fgsm_accuracy"), two)
     assert row["verdict"] == "not run" and "several rows" in row["reason"]
     row = decide(
-        claim(
-            "absolute", metric="fgsm_accuracy", conditions={"epsilon": "1/255"}, paper_value=50.0, margin=2.0
-        ),
+        claim("absolute", metric="fgsm_accuracy", conditions={"epsilon": "1/255"}, paper_value=50.0, margin=2.0),
         two,
     )
     assert row["verdict"] == "replicated"
@@ -262,9 +254,7 @@ def latency(median, low, high, reference="cnn", **conditions):
         "reference": reference,
     } | conditions
     parts = zip(("median", "low", "high"), (median, low, high))
-    return [
-        r for name, v in parts for r in rows("new", [v], "latency_ratio", n=None, statistic=name, **where)
-    ]
+    return [r for name, v in parts for r in rows("new", [v], "latency_ratio", n=None, statistic=name, **where)]
 
 
 @pytest.mark.parametrize(
@@ -279,9 +269,7 @@ def latency(median, low, high, reference="cnn", **conditions):
 def test_latency_ratios(measured, verdict):
     row = decide(claim("cost", conditions={"batch": 1}), latency(*measured), latency(2, 1.9, 2.1, batch=32))
     assert row["verdict"] == verdict and row["ours_mean"] == measured[0]
-    assert (row["delta_ci_low"], row["delta_ci_high"]) == pytest.approx(
-        (measured[1] - 0.75, measured[2] - 0.75)
-    )
+    assert (row["delta_ci_low"], row["delta_ci_high"]) == pytest.approx((measured[1] - 0.75, measured[2] - 0.75))
     ordering = claim(
         "ordering",
         unit="ratio",
@@ -307,9 +295,7 @@ def test_latency_needs_the_same_reference_and_takes_the_plain_condition():
         latency(0.3, 0.29, 0.31, folded="yes"),
         latency(0.2, 0.19, 0.21, threads=2),
     )
-    row = decide(
-        claim("cost"), *both, latency(0.1, 0.09, 0.11, batch=32), latency(0.1, 0.09, 0.11, dtype="bfloat16")
-    )
+    row = decide(claim("cost"), *both, latency(0.1, 0.09, 0.11, batch=32), latency(0.1, 0.09, 0.11, dtype="bfloat16"))
     assert row["verdict"] == "replicated" and row["ours_mean"] == 0.76
     row = decide(claim("cost", protocol={"device": "V100"}), *both)
     assert row["verdict"] == "not comparable" and "V100" in row["reason"]
@@ -335,18 +321,14 @@ def test_training_time_counts_the_training_that_a_run_starts_from():
     one = claim("ordering", metric="train_seconds", unit="ratio", direction="lower", margin=0.05)
     frame = pd.DataFrame(rows("new", around(70), "train_seconds") + rows("cnn", around(100), "train_seconds"))
     row = evaluate([one], frame, {}, facts).iloc[0]
-    assert row["verdict"] == "contradicted" and row["delta"] == pytest.approx(
-        0.2, abs=1e-3
-    )  # 70 + 50 against 100
+    assert row["verdict"] == "contradicted" and row["delta"] == pytest.approx(0.2, abs=1e-3)  # 70 + 50 against 100
     facts["variants"]["new"]["start_from"] = None
     assert evaluate([one], frame, {}, facts)["verdict"][0] == "supported"
 
 
 def test_images_are_resampled_with_seeds_where_they_were_kept():
     rng = np.random.default_rng(0)
-    kept = {
-        v: {s: {"correct": rng.random(400) < p} for s in range(4)} for v, p in (("new", 0.93), ("cnn", 0.90))
-    }
+    kept = {v: {s: {"correct": rng.random(400) < p} for s in range(4)} for v, p in (("new", 0.93), ("cnn", 0.90))}
     for v in kept:  # equal accuracies over seeds: only images are left as a source of doubt
         for s in range(4):
             kept[v][s]["correct"] = rng.permutation(np.arange(400) < (372 if v == "new" else 360))
@@ -426,9 +408,7 @@ def test_primary_claims_are_corrected_for_their_number():
 
 
 def _alone(mean):
-    return statistics.welch(
-        around(mean, [-0.4, -0.2, 0.2, 0.4]), around(90, [-0.4, -0.2, 0.2, 0.4])
-    ).p_value()
+    return statistics.welch(around(mean, [-0.4, -0.2, 0.2, 0.4]), around(90, [-0.4, -0.2, 0.2, 0.4])).p_value()
 
 
 @pytest.mark.slow
@@ -462,9 +442,7 @@ def test_correction_of_pairs_of_hypotheses():
 
 
 def test_the_real_ledgers_on_a_small_study():
-    made = study(
-        variants=("cnn", "cnn_frozen", "lc_frozen_x8", "lc_learned_x8", "lc_frozen_x128"), reduced="2 epochs"
-    )
+    made = study(variants=("cnn", "cnn_frozen", "lc_frozen_x8", "lc_learned_x8", "lc_frozen_x128"), reduced="2 epochs")
     runs = (
         rows("cnn", around(91))
         + rows("cnn_frozen", around(70))

@@ -110,9 +110,7 @@ def test_agrees_with_imagecorruptions_to_one_grey_level(corruption, size, photos
     """
     if corruption == "glass_blur":
         _glass_by_hand(monkeypatch)
-    share_allowed = {"brightness": 0.08, "saturate": 0.2, "frost": 0.05, "defocus_blur": 0.06}.get(
-        corruption, 0.006
-    )
+    share_allowed = {"brightness": 0.08, "saturate": 0.2, "frost": 0.05, "defocus_blur": 0.06}.get(corruption, 0.006)
     for severity in SEVERITIES:
         if (corruption, severity, size) == ("motion_blur", 5, 32):
             continue  # the package's sum breaks off there: see the test below
@@ -126,9 +124,7 @@ def test_agrees_with_imagecorruptions_to_one_grey_level(corruption, size, photos
         assert (difference > 0).mean() <= share_allowed, severity
 
 
-@pytest.mark.parametrize(
-    "corruption", ["shot_noise", "impulse_noise", "contrast", "pixelate", "jpeg_compression"]
-)
+@pytest.mark.parametrize("corruption", ["shot_noise", "impulse_noise", "contrast", "pixelate", "jpeg_compression"])
 def test_some_agree_in_every_bit(corruption, photos):
     for severity in SEVERITIES:
         share = IMAGENET_C.constants(corruption, severity)
@@ -166,17 +162,13 @@ def _bands(images):
 def test_our_own_draws_have_the_package_s_distribution(corruption, photos):
     """60 draws each: mean, contrast, squared error and spectrum agree within 4.5 standard errors or 2 %."""
     photo, draws, severity = photos[32], 60, 3
-    mine = corrupt_batch(
-        np.repeat(photo[None], draws, 0), corruption, severity, "imagenet_c", range(draws), 11
-    )
+    mine = corrupt_batch(np.repeat(photo[None], draws, 0), corruption, severity, "imagenet_c", range(draws), 11)
     theirs = np.stack([package(photo, corruption, severity, 100 + i) for i in range(draws)])
 
     def facts(images):
         floats = images.astype(np.float64)
         error = ((floats - photo) ** 2).mean(axis=(1, 2, 3))
-        return np.column_stack(
-            [floats.mean(axis=(1, 2, 3)), floats.std(axis=(1, 2, 3)), error, _bands(images)]
-        )
+        return np.column_stack([floats.mean(axis=(1, 2, 3)), floats.std(axis=(1, 2, 3)), error, _bands(images)])
 
     a, b = facts(mine), facts(theirs)
     standard_error = np.sqrt(a.var(axis=0, ddof=1) / draws + b.var(axis=0, ddof=1) / draws)
@@ -205,9 +197,7 @@ def test_noise_has_the_variance_of_its_law(protocol, severity):
         noise = corrupt_batch(grey, corruption, severity, protocol, range(n), 0).astype(float)
         quantisation = 1 / 12
         assert math.sqrt(noise.var() - quantisation) == pytest.approx(deviation, rel=0.03), corruption
-        assert noise.mean() == pytest.approx(99.5, abs=0.05 * deviation), (
-            corruption
-        )  # truncated: half a level down
+        assert noise.mean() == pytest.approx(99.5, abs=0.05 * deviation), corruption  # truncated: half a level down
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -280,9 +270,7 @@ def test_hsv_corruptions_against_colorsys(corruption, protocol):
 def test_gaussian_and_its_borders_against_scipy(photos):
     x = photos[32].astype(np.float32)[None]
     for sigma, mode in itertools.product((0.25, 0.4, 0.9, 2.0, 6.0), ("nearest", "reflect")):
-        expected = ndimage.gaussian_filter(
-            x.astype(np.float64), (0, sigma, sigma, 0), mode=mode, truncate=4.0
-        )
+        expected = ndimage.gaussian_filter(x.astype(np.float64), (0, sigma, sigma, 0), mode=mode, truncate=4.0)
         assert np.allclose(filters.gaussian(x, sigma, mode), expected, atol=1e-3)
     assert np.array_equal(filters.gaussian(x, 0.05), x)  # too narrow for a second tap
 
@@ -294,9 +282,7 @@ def test_disk_and_filter_against_scipy(protocol, photos):
         kernel = filters.disk(radius, rim)
         assert kernel.sum() == pytest.approx(UNNORMALISED_DISKS.get(radius, 1), abs=1e-5)
         assert np.allclose(kernel, kernel.T, atol=1e-8) and np.allclose(kernel, kernel[::-1], atol=1e-8)
-        expected = ndimage.correlate(
-            x[0].astype(np.float64), kernel[..., None].astype(np.float64), mode="mirror"
-        )
+        expected = ndimage.correlate(x[0].astype(np.float64), kernel[..., None].astype(np.float64), mode="mirror")
         assert np.allclose(filters.filter2d(x, kernel)[0], expected, atol=2e-3)
 
 
@@ -311,9 +297,7 @@ def test_enlarge_against_scipy_zoom(size):
         skip = (whole.shape[0] - size) // 2
         assert np.allclose(filters.enlarge(x, factor, "none")[0], whole, atol=1e-2)
         assert np.allclose(filters.enlarge(x, factor, "corner")[0], whole[:size, :size], atol=1e-2)
-        assert np.allclose(
-            filters.enlarge(x, factor, "centre")[0], whole[skip:, skip:][:size, :size], atol=1e-2
-        )
+        assert np.allclose(filters.enlarge(x, factor, "centre")[0], whole[skip:, skip:][:size, :size], atol=1e-2)
 
 
 @pytest.mark.parametrize("repeat_edge, mode", [(True, "reflect"), (False, "mirror")])
@@ -337,9 +321,7 @@ def test_glass_blur_walks_as_if_pixel_by_pixel(height, width, reach, rounds):
         image = image.copy()
         rows, columns = range(height - reach, reach, -1), range(width - reach, reach, -1)
         steps = iter(
-            rng.integers(-reach, reach, size=(rounds, len(rows) * len(columns), 2), dtype=np.int8).reshape(
-                -1, 2
-            )
+            rng.integers(-reach, reach, size=(rounds, len(rows) * len(columns), 2), dtype=np.int8).reshape(-1, 2)
         )
         for _ in range(rounds):
             for row, column in itertools.product(rows, columns):
@@ -393,9 +375,9 @@ def test_affine_elastic_against_opencv(photos):
             [ndimage.map_coordinates(image[..., i], where, order=1, mode="reflect") for i in range(3)], -1
         )
         function, _ = REGISTRY["elastic_transform"]
-        found = function(
-            photo[None], [SharedDraws(seed)], protocol.constants("elastic_transform", severity), protocol
-        )[0]
+        found = function(photo[None], [SharedDraws(seed)], protocol.constants("elastic_transform", severity), protocol)[
+            0
+        ]
         assert np.abs(found + 0.5 - expected).mean() < 0.75, severity
 
 
@@ -431,10 +413,7 @@ def test_streams_are_fresh_generators_of_their_key():
     for index, values in zip([3, 9, 3], found, strict=True):
         key = np.array(stream_key(1, "cifar_c", "fog", 2, index), np.uint64)
         assert np.array_equal(values, np.random.Generator(np.random.Philox(key=key)).random(5))
-    keys = {
-        stream_key(*k)
-        for k in itertools.product((0, 1), PROTOCOLS, IMAGENET_C.corruptions, SEVERITIES, range(20))
-    }
+    keys = {stream_key(*k) for k in itertools.product((0, 1), PROTOCOLS, IMAGENET_C.corruptions, SEVERITIES, range(20))}
     assert len(keys) == 2 * 3 * 19 * 5 * 20
 
 
@@ -449,9 +428,7 @@ def test_order_and_batch_change_no_bit(protocol, corruption, photos):
     shuffled = corrupt_batch(images[order], corruption, severity, protocol, order + 100, 3)
     assert np.array_equal(shuffled, together[order])
     for n in (0, 17, 39):
-        assert np.array_equal(
-            corrupt(images[n], corruption, severity, protocol, 3, index=100 + n), together[n]
-        )
+        assert np.array_equal(corrupt(images[n], corruption, severity, protocol, 3, index=100 + n), together[n])
     strided = images[:, :, ::-1][:, :, ::-1]  # not contiguous: the memory's layout does not matter either
     assert np.array_equal(
         corrupt_batch(strided[::2], corruption, severity, protocol, range(100, 140, 2), 3), together[::2]
@@ -464,9 +441,7 @@ def test_blocks_change_no_bit(photos, monkeypatch):
         whole = corrupt_batch(images, corruption, 5, "imagenet_c", range(9), 0)
         function, _ = REGISTRY[corruption]
         monkeypatch.setitem(REGISTRY, corruption, (function, 2 * 64 * 64))
-        assert np.array_equal(corrupt_batch(images, corruption, 5, "imagenet_c", range(9), 0), whole), (
-            corruption
-        )
+        assert np.array_equal(corrupt_batch(images, corruption, 5, "imagenet_c", range(9), 0), whole), corruption
 
 
 def test_seed_index_severity_and_protocol_each_matter(photos):

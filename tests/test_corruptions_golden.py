@@ -72,9 +72,7 @@ def hashes(name: str, protocol: str) -> dict[str, str] | None:
     return found
 
 
-@pytest.mark.parametrize(
-    "name, protocol", [(n, p) for n, (_, _, protocols) in SETS.items() for p in protocols]
-)
+@pytest.mark.parametrize("name, protocol", [(n, p) for n, (_, _, protocols) in SETS.items() for p in protocols])
 def test_every_cell_has_its_golden_hash(name, protocol):
     stored = json.loads(GOLDEN.read_text()).get(versions_key())
     if stored is None:
@@ -94,9 +92,7 @@ def test_digits_are_defined_without_any_library_s_rounding():
 
 def write() -> None:
     content = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    content[versions_key()] = {
-        f"{n}/{p}": hashes(n, p) for n, (_, _, protocols) in SETS.items() for p in protocols
-    }
+    content[versions_key()] = {f"{n}/{p}": hashes(n, p) for n, (_, _, protocols) in SETS.items() for p in protocols}
     missing = [name for name, cells in content[versions_key()].items() if cells is None]
     if missing:
         raise SystemExit(f"not written: no images for {', '.join(missing)}; set CONVX_MIRROR")

@@ -46,9 +46,7 @@ def test_one_and_two_workers_and_any_chunk_write_the_same_bits(images, tmp_path,
     one = build(images, "cifar_c", SOME, [1, 5], tmp_path / "one", 4, workers=1, progress=False)
     two = build(images, "cifar_c", SOME, [1, 5], tmp_path / "two", 4, workers=2, progress=False)
     monkeypatch.setattr(store, "CHUNK_BYTES", 7 * images[0].size)
-    small = build(
-        images, "cifar_c", list(reversed(SOME)), [1, 5], tmp_path / "small", 4, workers=1, progress=False
-    )
+    small = build(images, "cifar_c", list(reversed(SOME)), [1, 5], tmp_path / "small", 4, workers=1, progress=False)
     assert sums(tmp_path / "one") == sums(tmp_path / "two") == sums(tmp_path / "small")
     assert one.meta == two.meta == small.meta  # in the protocol's order whatever order was asked for
     for corruption in SOME:
@@ -67,9 +65,7 @@ def test_meta_says_what_it_is(images, tmp_path):
     assert list(built) == list(MAIN) and len(built) == 15 and built.severities == (1, 2, 3, 4, 5)
     assert "regenerated" in meta["label"] and meta["protocol"] == built.protocol == "imagenet_c"
     assert meta["constants_digest"] == PROTOCOLS["imagenet_c"].digest and meta["seed"] == 1
-    assert meta["sha256"] == {
-        c: hashlib.sha256((tmp_path / f"{c}.npy").read_bytes()).hexdigest() for c in MAIN
-    }
+    assert meta["sha256"] == {c: hashlib.sha256((tmp_path / f"{c}.npy").read_bytes()).hexdigest() for c in MAIN}
     assert {"numpy", "scipy", "opencv", "pillow", "libjpeg", "machine"} <= set(meta["libraries"])
     built.verify()
     assert all("regenerated" in p.label for p in PROTOCOLS.values())
@@ -82,9 +78,7 @@ def test_memory_maps_and_their_views_are_read_as_given(images, tmp_path):
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     for name, view in (("whole", mapped), ("reversed", mapped[::-1]), ("part", mapped[5:20])):
         found = build(view, "cifar_c", ["contrast"], [3], tmp_path / name, 0, progress=False)
-        expected = build(
-            np.array(view), "cifar_c", ["contrast"], [3], tmp_path / f"{name}_copy", 0, progress=False
-        )
+        expected = build(np.array(view), "cifar_c", ["contrast"], [3], tmp_path / f"{name}_copy", 0, progress=False)
         assert np.array_equal(found["contrast"], expected["contrast"]) and found.meta == expected.meta
         assert not list((tmp_path / name).glob(".source-*"))
 
@@ -118,9 +112,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(images, tmp_path, monkeyp
         build(images, "cifar_c", SOME, [1, 3], tmp_path / "broken", 0, progress=False)
     with pytest.raises(ValueError, match="an unfinished set"):
         open_corrupted(tmp_path / "broken")
-    assert (tmp_path / "broken" / "frost.npy.part").exists() and not (
-        tmp_path / "broken" / "frost.npy"
-    ).exists()
+    assert (tmp_path / "broken" / "frost.npy.part").exists() and not (tmp_path / "broken" / "frost.npy").exists()
 
     calls.clear()
     monkeypatch.setattr(store, "_work", counting)
@@ -135,9 +127,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(images, tmp_path, monkeyp
     assert list(open_corrupted(tmp_path / "broken")) == [c for c in MAIN if c in (*SOME, "snow")]
 
 
-@pytest.mark.parametrize(
-    "change", ["seed", "images", "severities", "protocol", "constants", "libraries", "damaged"]
-)
+@pytest.mark.parametrize("change", ["seed", "images", "severities", "protocol", "constants", "libraries", "damaged"])
 def test_what_differs_is_built_anew(change, images, tmp_path, monkeypatch):
     arguments = {"protocol": "cifar_c", "corruptions": ["fog"], "severities": [1], "seed": 0}
     arguments["images_NHWC"] = images[:4]
@@ -254,9 +244,7 @@ def test_the_package_is_light_to_import():
     then = "import sys, numpy as n, convx.data.corruptions as c; FURTHER = set()"
     then += "; c.corrupt(n.zeros((32, 32, 3), 'u1'), 'frost', 1, 'cifar_c', 0)"
     for code in (first, then):
-        done = subprocess.run(
-            [sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
 
 
@@ -347,9 +335,7 @@ def imagenet_folder(tmp_path):
             for wnid, name in (("n02", "b"), ("n01", "z"), ("n01", "a")):
                 folder = tmp_path / place / str(severity) / wnid
                 folder.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 36), (severity * 40, 100, 200)).save(
-                    folder / f"{name}.JPEG", quality=95
-                )
+                Image.new("RGB", (40, 36), (severity * 40, 100, 200)).save(folder / f"{name}.JPEG", quality=95)
     return tmp_path
 
 
@@ -359,11 +345,7 @@ def test_official_imagenet_layout(imagenet_folder):
     assert found.files == ("n01/a.JPEG", "n01/z.JPEG", "n02/b.JPEG")
     fog = found["fog"]
     assert fog.shape == (5, 3, 36, 40, 3) and len(fog) == 5
-    assert (
-        fog[4, 0:2].shape == (2, 36, 40, 3)
-        and fog[0, 2].shape == (36, 40, 3)
-        and fog[1, [2, 0]].shape[0] == 2
-    )
+    assert fog[4, 0:2].shape == (2, 36, 40, 3) and fog[0, 2].shape == (36, 40, 3) and fog[1, [2, 0]].shape[0] == 2
     assert abs(int(fog[2, 1][..., 0].mean()) - 120) <= 2 and found.cell("glass_blur", 5).shape == (
         3,
         36,
@@ -407,9 +389,7 @@ def test_alexnet_has_an_mce_of_one_hundred():
     errors = {c: [a] * 5 for c, a in ALEXNET_ERROR.items()}
     result = mean_ce(errors, clean_error=ALEXNET_CLEAN_ERROR)
     assert result["mCE"] == pytest.approx(100) and result["relative_mCE"] == pytest.approx(100)
-    assert sum(ALEXNET_ERROR.values()) / 15 == pytest.approx(
-        78.8993, abs=1e-4
-    )  # the mean quoted with the table
+    assert sum(ALEXNET_ERROR.values()) / 15 == pytest.approx(78.8993, abs=1e-4)  # the mean quoted with the table
 
 
 def test_mce_is_the_mean_of_ratios_of_sums():

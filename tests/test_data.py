@@ -121,9 +121,7 @@ def test_order_depends_on_the_purpose_and_on_nothing_else():
     assert not np.array_equal(first, stratified_order(labels, "b"))
     np.random.seed(0)
     stratified_choice(labels, 10, "a")
-    assert np.random.random_sample() == np.random.RandomState(0).random_sample(), (
-        "the global stream is untouched"
-    )
+    assert np.random.random_sample() == np.random.RandomState(0).random_sample(), "the global stream is untouched"
     assert state.shape
 
 
@@ -249,9 +247,7 @@ def test_resizing_keeps_channels_and_leaves_the_right_size_alone():
     assert resize_block(images, 16) is images
     large = resize_block(images, 24)
     for channel in range(3):
-        assert np.array_equal(
-            large[..., channel : channel + 1], resize_block(images[..., channel : channel + 1], 24)
-        )
+        assert np.array_equal(large[..., channel : channel + 1], resize_block(images[..., channel : channel + 1], 24))
 
 
 def test_data_needs_no_torch(tmp_path):
@@ -279,9 +275,7 @@ def test_the_list_of_sets_is_complete():
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    pixels = (
-        np.random.RandomState(seed).randint(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
-    )
+    pixels = np.random.RandomState(seed).randint(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 

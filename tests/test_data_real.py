@@ -33,9 +33,7 @@ def mirrors(tmp_path_factory):
     folders = list(MIRRORS)
     for folder in MIRRORS:
         script = Path(folder) / "unpack_cifar.py"
-        if script.is_file() and not Finder(folders, Path("unused")).official(
-            SETS["cifar100"], addresses=False
-        ):
+        if script.is_file() and not Finder(folders, Path("unused")).official(SETS["cifar100"], addresses=False):
             target = tmp_path_factory.mktemp("cifar")
             subprocess.run([sys.executable, script, target], check=True, capture_output=True)
             folders.insert(0, str(target))
@@ -51,9 +49,7 @@ def prepared(mirrors, tmp_path, name: str, **settings):
     if not there:
         pytest.skip(f"no mirror in CONVX_MIRROR holds the official files of {name}")
     command = [sys.executable, "-c", PREPARE, json.dumps({"name": name, **settings}), str(tmp_path / "out")]
-    run = subprocess.run(
-        command, env=os.environ | {"CONVX_MIRROR": " ".join(mirrors)}, capture_output=True, text=True
-    )
+    run = subprocess.run(command, env=os.environ | {"CONVX_MIRROR": " ".join(mirrors)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     meta, peak = json.loads(run.stdout)
     assert peak < MEMORY, f"{name} took {peak:.0f} MiB"
@@ -87,9 +83,7 @@ def test_official_files_give_the_published_facts(mirrors, tmp_path, name):
     each_train, each_test, first_train, first_test, ends = CASES[name]
     facts = SETS[name]
     assert data.train_images.shape == (facts.train, facts.image_size, facts.image_size, facts.channels)
-    assert (np.bincount(data.train_labels) == each_train).all() and len(
-        data.meta["class_names"]
-    ) == facts.classes
+    assert (np.bincount(data.train_labels) == each_train).all() and len(data.meta["class_names"]) == facts.classes
     assert (np.bincount(data.test_labels) == each_test).all()
     assert data.train_labels[:8].tolist() == first_train and data.test_labels[:8].tolist() == first_test
     assert [data.meta["class_names"][0], data.meta["class_names"][-1]] == ends

@@ -111,9 +111,7 @@ def cifar(monkeypatch, server):
     return files, declare_cifar(monkeypatch, server.url, files)
 
 
-def declare_cifar(
-    monkeypatch, url: str, files: dict[str, bytes], extra: dict[str, bytes] | None = None
-) -> bytes:
+def declare_cifar(monkeypatch, url: str, files: dict[str, bytes], extra: dict[str, bytes] | None = None) -> bytes:
     archive = tar_of({f"cifar-10-batches-py/{n}": d for n, d in files.items()} | (extra or {}))
     name = "cifar-10-python.tar.gz"
     facts = dataclasses.replace(
@@ -153,9 +151,7 @@ def test_archive_and_unpacked_files_give_the_same_set(tmp_path, cifar, server):
     assert data.train_labels.tolist() == [0, 1, 2, 2, 1, 0] * 5
     loose = write(tmp_path / "mirror" / "a" / "cifar-10-batches-py", files).parents[1]
     from_folder = get(tmp_path, loose)
-    assert (
-        from_folder["digest"] == from_address["digest"] and from_folder["source"]["kind"] == "mirror folder"
-    )
+    assert from_folder["digest"] == from_address["digest"] and from_folder["source"]["kind"] == "mirror folder"
     assert {f["name"] for f in from_folder["source"]["files"]} == set(files)
     packed = write(tmp_path / "packed", {"cifar-10-python.tar.gz": archive})
     assert get(tmp_path, packed)["digest"] == from_address["digest"]

@@ -38,11 +38,7 @@ def one_thread():
 
 
 def pick(result, metric, **conditions):
-    found = [
-        r["value"]
-        for r in result.rows
-        if r["metric"] == metric and conditions.items() <= r["conditions"].items()
-    ]
+    found = [r["value"] for r in result.rows if r["metric"] == metric and conditions.items() <= r["conditions"].items()]
     assert len(found) == 1, (metric, conditions, found)
     return found[0]
 
@@ -73,9 +69,7 @@ class Smooth(nn.Module):
     def __init__(self, classes=10, channels=3, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)
-        )
+        self.body = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
         self.head = nn.Linear(8, classes)
 
     def forward(self, x):
@@ -160,9 +154,7 @@ def test_accuracy_agrees_with_scikit_learn_and_numpy():
     assert pick(result, "nll") == pytest.approx(log_loss(labels, p, labels=range(10)), rel=1e-6)
     for k in range(10):
         mine = 100 * np.mean(p.argmax(1)[labels == k] == k)
-        assert pick(result, "per_class_top1", **{"class": k, "class_name": "abcdefghij"[k]}) == pytest.approx(
-            mine
-        )
+        assert pick(result, "per_class_top1", **{"class": k, "class_name": "abcdefghij"[k]}) == pytest.approx(mine)
     confidence, correct = p.max(1), p.argmax(1) == labels
     gap = 0.0
     for m in range(15):
@@ -260,12 +252,8 @@ def test_corruption_cells_means_and_counts_by_numpy():
     for i, name in enumerate(names):
         for severity in range(1, 6):
             where = {"protocol": "cifar_c", "corruption": name, "severity": severity}
-            assert pick(result, "corruption_accuracy", **where) == pytest.approx(
-                100 * correct[i, severity - 1].mean()
-            )
-    assert pick(result, "mean_corruption_accuracy", protocol="cifar_c") == pytest.approx(
-        100 * correct[:15].mean()
-    )
+            assert pick(result, "corruption_accuracy", **where) == pytest.approx(100 * correct[i, severity - 1].mean())
+    assert pick(result, "mean_corruption_accuracy", protocol="cifar_c") == pytest.approx(100 * correct[:15].mean())
     assert pick(result, "mean_corruption_accuracy_severity5") == pytest.approx(100 * correct[:15, 4].mean())
     assert pick(result, "corruption_cells") == 75
     counts = result.per_image["corruption_correct_cells"]
@@ -318,9 +306,7 @@ def test_mce_only_where_it_is_defined():
     images.protocol = "official_imagenet_c"
     assert {r["metric"] for r in corruption.run(FromPixels(), data, {}, images).rows} >= {"mCE"}
     del images["fog"]
-    assert "mCE" not in {
-        r["metric"] for r in corruption.run(FromPixels(), data, {"imagenet": True}, images).rows
-    }
+    assert "mCE" not in {r["metric"] for r in corruption.run(FromPixels(), data, {"imagenet": True}, images).rows}
 
 
 def test_corrupted_images_are_read_in_slices():
@@ -356,9 +342,7 @@ def test_fgsm_on_a_linear_model_is_the_analytic_step():
     direction = (w[1 - labels] - w[labels]).view(-1, 3, 4, 4)
     p_other = model(normalise(x)).softmax(1).gather(1, (1 - labels)[:, None]).detach()
     gradient = attacks.gradient(model, normalise, x, labels)
-    torch.testing.assert_close(
-        gradient, p_other[:, :, None, None] * direction / (255 * 0.2), rtol=1e-9, atol=1e-15
-    )
+    torch.testing.assert_close(gradient, p_other[:, :, None, None] * direction / (255 * 0.2), rtol=1e-9, atol=1e-15)
     for epsilon in (1, 8):
         expected = (x + epsilon * direction.sign()).clamp(0, 255)
         assert torch.equal(attacks.fgsm(model, normalise, x, labels, epsilon), expected)
@@ -496,20 +480,14 @@ def test_cost_of_resnet20_and_its_linear_combinations(expansion, parameters, tra
     area = {16: 32 * 32, 32: 16 * 16, 64: 8 * 8}  # the sides halve where the width doubles
     macs = sum(area[c.out_channels] * c.weight.numel() for c in convs) + 64 * 10
     assert pick(plain, "macs", folded="no") == macs == pytest.approx(40.8e6, rel=2e-3)
-    assert pick(plain, "stored_bytes") == 4 * 272_474 + sum(
-        b.numel() * b.element_size() for b in model.buffers()
-    )
+    assert pick(plain, "stored_bytes") == 4 * 272_474 + sum(b.numel() * b.element_size() for b in model.buffers())
     assert [r for r in plain.rows if r["conditions"].get("folded") == "yes"] == []
 
-    mixed = cost.run(
-        surgery.linear_combinations(model, expansion=expansion, mode="two_layer"), data, {"batch_size": 2}
-    )
+    mixed = cost.run(surgery.linear_combinations(model, expansion=expansion, mode="two_layer"), data, {"batch_size": 2})
     assert (pick(mixed, "parameters"), pick(mixed, "trainable_parameters")) == (parameters, trainable)
     assert pick(mixed, "macs", folded="no") == pytest.approx(1e6 * mega_macs, rel=2e-3)
     assert pick(mixed, "macs", folded="yes") == macs
-    assert (
-        4 * trainable < pick(mixed, "stored_bytes") < 4 * trainable + 10_000
-    )  # a frozen bank is stored as its seed
+    assert 4 * trainable < pick(mixed, "stored_bytes") < 4 * trainable + 10_000  # a frozen bank is stored as its seed
     assert all(r.keys() == KEYS for r in plain.rows + mixed.rows)
 
 
@@ -576,6 +554,4 @@ def test_folded_form_exists_only_where_something_folds():
 def test_results_add_up():
     one, two = Result([{"a": 1}], {"x": np.zeros(1)}), Result([{"a": 2}], {"y": np.ones(1)}, {"z": 3})
     both = one + two
-    assert (
-        both.rows == [{"a": 1}, {"a": 2}] and both.per_image.keys() == {"x", "y"} and both.details == {"z": 3}
-    )
+    assert both.rows == [{"a": 1}, {"a": 2}] and both.per_image.keys() == {"x", "y"} and both.details == {"z": 3}

@@ -31,9 +31,7 @@ def one_thread():
 
 
 def pick(rows, metric, **conditions):
-    found = [
-        r["value"] for r in rows if r["metric"] == metric and conditions.items() <= r["conditions"].items()
-    ]
+    found = [r["value"] for r in rows if r["metric"] == metric and conditions.items() <= r["conditions"].items()]
     assert len(found) == 1, (metric, conditions, found)
     return found[0]
 
@@ -66,9 +64,7 @@ def test_drift_that_doubles_the_time_cancels_in_the_ratio():
     throughout."""
     ticks = iter(range(10**6))
     calls = {"ours": lambda: 1.5, "base": lambda: 1.0}
-    samples = latency.paired(
-        calls, rounds=200, seconds=60, clock=lambda call: call() * (1 + next(ticks) / 400)
-    )
+    samples = latency.paired(calls, rounds=200, seconds=60, clock=lambda call: call() * (1 + next(ticks) / 400))
     result = latency.ratio_of_medians_interval(samples["ours"], samples["base"])
     assert samples["base"].max() / samples["base"].min() > 1.9
     assert result.estimate == pytest.approx(1.5, rel=0.02) and result.low <= 1.5 <= result.high
@@ -187,9 +183,7 @@ def test_conditions_that_cannot_be_measured_keep_their_rows(monkeypatch):
     one = [r for r in result.rows if r["conditions"]["threads"] == 1]
     assert all(r["value"] > 0 for r in one if r["conditions"]["dtype"] == "float32")
     missing = [r for r in one if r["conditions"]["dtype"] == "bfloat16"]
-    assert len(missing) == len(one) / 2 and all(
-        r["value"] is None and "no kernel" in r["method"] for r in missing
-    )
+    assert len(missing) == len(one) / 2 and all(r["value"] is None and "no kernel" in r["method"] for r in missing)
     many = [r for r in result.rows if r["conditions"]["threads"] == 64]
     assert len(many) == len(one) and all(r["value"] is None and "has 2 cores" in r["method"] for r in many)
 
@@ -316,9 +310,7 @@ def test_rows_per_run_and_per_thousand_images():
     each = meter.rows("inference", images=500, batch=32)
     assert [r["unit"] for r in each] == ["kWh per 1000 images", "kgCO2e per 1000 images"]
     assert each[0]["value"] == pytest.approx(1e-5) and each[1]["value"] == pytest.approx(2e-6)
-    assert (
-        each[0]["conditions"] == {"scope": "machine", "source": "RAPL", "batch": 32} and each[0]["n"] == 500
-    )
+    assert each[0]["conditions"] == {"scope": "machine", "source": "RAPL", "batch": 32} and each[0]["n"] == 500
     assert "200 gCO2e/kWh" in each[1]["method"] and all(r.keys() == KEYS for r in total + each)
 
 
@@ -362,9 +354,7 @@ def test_the_meter_reads_what_the_tracker_returns_and_asks_for_nothing_that_call
         and asked["electricitymaps_api_token"] is None
     )
     assert (
-        asked["force_carbon_intensity_g_co2e_kwh"] == 50
-        and asked["pue"] == 1.2
-        and asked["tracking_mode"] == "machine"
+        asked["force_carbon_intensity_g_co2e_kwh"] == 50 and asked["pue"] == 1.2 and asked["tracking_mode"] == "machine"
     )
     assert asked["gpu_ids"] == ["5"] and asked["cloud_provider"] is None
     assert meter.reading == Reading(3.0, 2e-6, 1e-6, 9e-6, "cpu_load", 8, 20.0, True, "machine", 1.2)
@@ -459,12 +449,8 @@ def test_inference_energy_of_a_real_model():
 
 
 def test_the_meter_needs_no_torch():
-    code = (
-        "import sys, convx.evaluate.energy as e; e.Meter(); print({'torch', 'codecarbon'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
-    )
+    code = "import sys, convx.evaluate.energy as e; e.Meter(); print({'torch', 'codecarbon'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
 

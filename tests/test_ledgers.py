@@ -95,14 +95,10 @@ def test_declared_variants_of_the_ledgers_keep_their_names():
 @pytest.mark.parametrize("paper", [*PAPERS, "baseline"])
 def test_readme_and_bibliography(paper):
     folder = ledger.PAPERS / paper
-    numbers = re.findall(
-        r"^- \*\*D(\d+)\*\*", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    numbers = re.findall(r"^- \*\*D(\d+)\*\*", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(n) for n in numbers] == list(range(1, len(numbers) + 1))
     bibliography = (folder / "bibtex.bib").read_text(encoding="utf-8")
-    assert bibliography.count("{") == bibliography.count("}") and re.search(
-        r"^@\w+\{\w+,$", bibliography, re.MULTILINE
-    )
+    assert bibliography.count("{") == bibliography.count("}") and re.search(r"^@\w+\{\w+,$", bibliography, re.MULTILINE)
 
 
 def broken(tmp_path, **changes):
@@ -179,7 +175,5 @@ def test_other_mistakes_are_one_line(tmp_path):
 
 
 def test_reading_ledgers_needs_no_torch():
-    code = (
-        "import sys; from convx.claims import load_ledgers; load_ledgers(); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from convx.claims import load_ledgers; load_ledgers(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -102,9 +102,7 @@ def test_any_size_channels_and_batch(name):
     assert features.shape[2:] == (32 // last["reduction"],) * 2
     seen = {}
     for entry in model.feature_info:
-        names[entry["module"]].register_forward_hook(
-            lambda m, i, o, key=entry["module"]: seen.update({key: o.shape})
-        )
+        names[entry["module"]].register_forward_hook(lambda m, i, o, key=entry["module"]: seen.update({key: o.shape}))
     model(torch.randn(2, 1, 32, 32))
     for entry in model.feature_info:
         side = 32 // entry["reduction"]
@@ -145,11 +143,7 @@ def test_resnet_start_and_structure():
 def test_depthwise_resnet_is_linear_between_its_two_convolutions():
     pair = create_model("resnet8_4_dw", 10).layer2[0].conv1
     assert [type(m) for m in pair] == [nn.Conv2d, nn.Conv2d]
-    assert (
-        pair[0].groups == pair[0].in_channels == 4
-        and pair[0].stride == (2, 2)
-        and pair[1].kernel_size == (1, 1)
-    )
+    assert pair[0].groups == pair[0].in_channels == 4 and pair[0].stride == (2, 2) and pair[1].kernel_size == (1, 1)
 
 
 def test_settings_override_the_name():

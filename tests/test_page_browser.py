@@ -74,9 +74,7 @@ def study(tmp_path_factory):
     tables.write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "paper_figures", lambda results, out: [])
-        patch.setattr(
-            figures, "FIGURES", (figures.claims_forest, figures.accuracy, figures.corruption_heatmap)
-        )
+        patch.setattr(figures, "FIGURES", (figures.claims_forest, figures.accuracy, figures.corruption_heatmap))
         figures.draw(folder)
     page.write(folder)
     return folder, Results(folder).replication

@@ -58,9 +58,7 @@ def lc_layers(model):
 
 
 def banks_of(model):
-    return {
-        n: hashlib.sha256(m.bank.filters.numpy().tobytes()).hexdigest() for n, m in lc_layers(model).items()
-    }
+    return {n: hashlib.sha256(m.bank.filters.numpy().tobytes()).hexdigest() for n, m in lc_layers(model).items()}
 
 
 def batch(n=8, size=16, classes=10, seed=0):
@@ -137,9 +135,7 @@ def test_five_optimiser_steps_in_both_modes(dtype, tolerance):
     ends = []
     for mode in ("folded", "two_layer"):
         model = convx.linear_combinations(host, expansion=4, mode=mode, seed=1).to(dtype)
-        optimiser = torch.optim.SGD(
-            model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2
-        )
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2)
         for _ in range(5):
             optimiser.zero_grad()
             F.cross_entropy(model(x.to(dtype)), labels, label_smoothing=0.1).backward()
@@ -153,9 +149,7 @@ def test_orthonormal_bank_reproduces_training_of_the_plain_network():
     torch.manual_seed(0)
     plain = create_model("resnet8_8", 10).double()
     model = convx.linear_combinations(plain, expansion=9, bank="orthonormal", start="fit")
-    for layer in lc_layers(
-        model
-    ).values():  # the bank is stored in float32; here it must be orthonormal in float64
+    for layer in lc_layers(model).values():  # the bank is stored in float32; here it must be orthonormal in float64
         q, _ = torch.linalg.qr(layer.bank.filters.flatten(1))
         layer.bank.filters = q.view_as(layer.bank.filters)
     for (_, layer), conv in zip(
@@ -181,9 +175,7 @@ def test_middle_operations_equal_the_three_layers_by_hand():
         layer = block("bias", expansion=2, mode="two_layer", middle=middle)
         y = F.conv2d(x, layer.bank.filters, padding=1)
         if "bn" in middle:
-            y = (y - y.mean((0, 2, 3), keepdim=True)) / (
-                y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5
-            ).sqrt()
+            y = (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
         if "relu" in middle:
             y = y.clamp_min(0)
         expected = torch.einsum("om,bmhw->bohw", layer.combination, y) + layer.bias[:, None, None]
@@ -466,9 +458,7 @@ def test_errors_of_the_verb(settings, message):
 
 def test_every_declared_variant_builds():
     declared = {k: v for k, v in config.declared_variants().items() if v["paper"] == "randconv"}
-    assert {"cnn_frozen", "lc_frozen_x1", "lc_frozen_x128", "lc_learned_x8", "lc_frozen_relu_x64"} <= set(
-        declared
-    )
+    assert {"cnn_frozen", "lc_frozen_x1", "lc_frozen_x128", "lc_learned_x8", "lc_frozen_relu_x64"} <= set(declared)
     x, _ = batch()
     for name, entry in declared.items():
         assert entry["origin"], name
@@ -476,8 +466,7 @@ def test_every_declared_variant_builds():
         host = {"resnet20": "resnet8"}.get(host[:8], host[:8]) + host[8:]
         host = "_".join(["resnet8_4", *host.split("_")[2:]]) if host.startswith("resnet8") else host
         steps = [
-            s | ({"expansion": min(s["expansion"], 8)} if "expansion" in s else {})
-            for s in entry.get("surgery", [])
+            s | ({"expansion": min(s["expansion"], 8)} if "expansion" in s else {}) for s in entry.get("surgery", [])
         ]
         model = apply(create_model(host, 10), steps, seed=0).eval()
         assert model(x).shape == (8, 10), name
@@ -498,12 +487,9 @@ def gratings(count, seed):
     rng, axis = np.random.default_rng(seed), np.arange(16) - 7.5
     labels = np.arange(count) % 8
     across = (
-        np.cos(labels * np.pi / 8)[:, None, None] * axis
-        + np.sin(labels * np.pi / 8)[:, None, None] * axis[:, None]
+        np.cos(labels * np.pi / 8)[:, None, None] * axis + np.sin(labels * np.pi / 8)[:, None, None] * axis[:, None]
     )
-    waves = np.sin(1.2 * across + rng.uniform(0, 2 * np.pi, (count, 1, 1))) + 1.5 * rng.standard_normal(
-        (count, 16, 16)
-    )
+    waves = np.sin(1.2 * across + rng.uniform(0, 2 * np.pi, (count, 1, 1))) + 1.5 * rng.standard_normal((count, 16, 16))
     grey = np.clip(128 + 28 * waves, 0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=3), labels
 

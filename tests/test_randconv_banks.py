@@ -32,9 +32,7 @@ def lc_layers(model):
 
 
 def banks_of(model):
-    return {
-        n: hashlib.sha256(m.bank.filters.numpy().tobytes()).hexdigest() for n, m in lc_layers(model).items()
-    }
+    return {n: hashlib.sha256(m.bank.filters.numpy().tobytes()).hexdigest() for n, m in lc_layers(model).items()}
 
 
 # ----------------------------------------------------------------------------------------------- seeds, banks
@@ -55,9 +53,7 @@ def test_banks_depend_on_seed_and_name_alone():
     for ours, theirs in zip(lc_layers(backwards).values(), lc_layers(first).values()):
         assert torch.equal(ours.combination, theirs.combination)
     other = banks_of(convx.linear_combinations(host, expansion=2, seed=2))
-    assert (
-        len(set(other.values()) | set(banks_of(first).values())) == 14
-    )  # every layer and every seed draws its own
+    assert len(set(other.values()) | set(banks_of(first).values())) == 14  # every layer and every seed draws its own
 
 
 def test_uniform_bank_is_pinned_and_the_same_in_another_process():
@@ -67,9 +63,7 @@ def test_uniform_bank_is_pinned_and_the_same_in_another_process():
         "bank = draw_bank('iid_uniform', (32, 16, 3, 3), 2**62 + 5);"
         "print(hashlib.sha256(bank.numpy().tobytes()).hexdigest()[:16])"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     here = draw_bank("iid_uniform", (32, 16, 3, 3), 2**62 + 5)
     assert out == hashlib.sha256(here.numpy().tobytes()).hexdigest()[:16] == golden
 
@@ -108,9 +102,7 @@ def test_statistics_of_the_start(c_in, kernel):
 def test_shared_bank_is_one_draw():
     model = convx.linear_combinations(create_model("resnet8_8", 10), expansion=2.0, bank="shared")
     layers = lc_layers(model).values()
-    whole = max(
-        (m.bank.filters * math.sqrt(m.in_channels * 9) for m in layers), key=lambda bank: bank.numel()
-    )
+    whole = max((m.bank.filters * math.sqrt(m.in_channels * 9) for m in layers), key=lambda bank: bank.numel())
     for layer in layers:
         scaled = layer.bank.filters * math.sqrt(layer.in_channels * 9)
         torch.testing.assert_close(scaled, whole[: scaled.shape[0], : scaled.shape[1]], rtol=1e-6, atol=1e-6)
@@ -209,9 +201,7 @@ def test_edges_and_lines_bank():
     assert torch.linalg.matrix_rank(bank.flatten(1), atol=1e-6) == 8
     column = torch.tensor([-1.0, 0, 1]).double().expand(3, 3) / 6
     torch.testing.assert_close(bank[0], column, rtol=0, atol=1e-7)
-    torch.testing.assert_close(
-        bank[2], torch.tensor([-1.0, 2, -1]).double().expand(3, 3) / 12, rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(bank[2], torch.tensor([-1.0, 2, -1]).double().expand(3, 3) / 12, rtol=0, atol=1e-7)
     torch.testing.assert_close(bank[8], bank[0].T, rtol=0, atol=1e-7)
 
 
@@ -222,9 +212,7 @@ def test_edges_and_lines_layer_maps_channel_i_to_kernel_i_mod_16():
         assert torch.equal(layer.bank.filters[channel, 0], bank[channel % 16])
     step = torch.zeros(1, 1, 9, 9)
     step[..., 5:] = 1
-    single = LinearCombinationConv2d(
-        1, 16, 3, padding=0, bank="edges_and_lines", form="depthwise", expansion=16
-    )
+    single = LinearCombinationConv2d(1, 16, 3, padding=0, bank="edges_and_lines", form="depthwise", expansion=16)
     answers = F.conv2d(step, single.bank.filters, groups=1).abs().amax((0, 2, 3))
     assert int(answers.argmax()) in (0, 1)  # the edge of 0 degrees and its negative
     assert single(torch.ones(1, 1, 8, 8)).abs().max() < 1e-6
@@ -255,10 +243,7 @@ def test_entropy_goldens():
         assert measures.filter_variance_entropy(bank) == pytest.approx(golden, abs=5e-4)
         assert golden < math.log10(size**2)
     for size, golden in ((5, 1.283), (7, 1.466), (9, 1.544)):
-        stems = [
-            measures.filter_variance_entropy(draw_bank("iid_uniform", (16, 3, size, size), s))
-            for s in range(20)
-        ]
+        stems = [measures.filter_variance_entropy(draw_bank("iid_uniform", (16, 3, size, size), s)) for s in range(20)]
         assert np.mean(stems) == pytest.approx(golden, abs=0.01)
 
 
@@ -272,9 +257,7 @@ def test_entropy_of_degenerate_filters():
     assert 0 < measures.filter_variance_entropy(few) <= math.log10(3) + 1e-9
     bank = draw_bank("iid_normal", (8, 8, 3, 3), 0)
     moved = 7 * bank + pattern
-    assert measures.filter_variance_entropy(moved) == pytest.approx(
-        measures.filter_variance_entropy(bank), abs=1e-6
-    )
+    assert measures.filter_variance_entropy(moved) == pytest.approx(measures.filter_variance_entropy(bank), abs=1e-6)
     with pytest.raises(ValueError, match="3x3 kernels, not 5x5"):
         measures.normalised_entropy(torch.randn(4, 4, 5, 5))
 
@@ -307,9 +290,7 @@ def test_spatial_variance():
     for heat in flat.values():
         torch.testing.assert_close(heat, torch.ones_like(heat), rtol=0.1, atol=0)
     kernel = centred_kernel(32, 32, 5, 0)
-    scaled = measures.spatial_variance([kernel, kernel * 100])[
-        (5, 5)
-    ]  # each layer counts alike, whatever its scale
+    scaled = measures.spatial_variance([kernel, kernel * 100])[(5, 5)]  # each layer counts alike, whatever its scale
     once = measures.spatial_variance([kernel])[(5, 5)]
     torch.testing.assert_close(scaled, once, rtol=1e-5, atol=1e-6)
     expected = kernel.double().flatten(0, 1).var(0, correction=0) / kernel.double().var()
@@ -323,12 +304,8 @@ def test_the_law_of_random_combinations():
         assert entry["measured"] == pytest.approx(entry["predicted"], abs=0.03), entry
     assert all(entry["measured"] < 1e-9 for entry in rows if entry["expansion"] >= 9)
     assert rows[7]["measured"] > 0.3
-    assert (
-        measures.best_fit_residual(3, 16, 3, 2) < 1e-9 < measures.best_fit_residual(3, 16, 3, 1)
-    )  # the stem: E >= 2
-    assert (
-        measures.best_fit_residual(16, 32, 3, 5) < 1e-9 < measures.best_fit_residual(16, 32, 3, 4)
-    )  # c_out = 2 c_in
+    assert measures.best_fit_residual(3, 16, 3, 2) < 1e-9 < measures.best_fit_residual(3, 16, 3, 1)  # the stem: E >= 2
+    assert measures.best_fit_residual(16, 32, 3, 5) < 1e-9 < measures.best_fit_residual(16, 32, 3, 4)  # c_out = 2 c_in
 
 
 def test_the_law_can_be_drawn():

@@ -163,6 +163,9 @@ def test_an_evaluator_of_a_paper_counts_for_the_evaluation_of_its_variants_alone
     package("papers/randconv/helper.py", "\nfrom convx.papers.randconv import deeper\n")
     package("papers/randconv/deeper.py", "VALUE = 1\n")
     assert changed(("papers/randconv/deeper.py",)) == {"lc_frozen_x8"}  # and further
+    package("papers/randconv/deeper.py", "\nfrom convx.seeds import derive\nfrom convx.config import digest\n")
+    assert changed(("seeds.py",)) == {"lc_frozen_x8"}
+    assert changed(("config.py",)) == set()  # it decides no number of an evaluation
     assert changed(("evaluate/kernels.py",)) == set(recipes)
 
 

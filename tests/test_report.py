@@ -54,9 +54,7 @@ def single(tmp_path_factory):
 
 def _made(folder, papers: bool = False, drawn=figures.FIGURES):
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter(
-            "error", UserWarning
-        )  # matplotlib's, of layouts that collapse and glyphs that lack
+        warnings.simplefilter("error", UserWarning)  # matplotlib's, of layouts that collapse and glyphs that lack
         if not papers:
             patch.setattr(figures, "paper_figures", lambda results, out: [])
         patch.setattr(figures, "FIGURES", drawn)
@@ -83,9 +81,7 @@ def test_interval_resamples_seeds_and_images(folder):
     found = interval(results, "cnn", "top1")
     correct_SN = np.stack([results.per_image["cnn"][seed]["correct"] for seed in (0, 1, 2)])
     expected = statistics.bootstrap_seeds_images(correct_SN, resamples=4000)
-    assert (found.estimate, found.low, found.high) == pytest.approx(
-        (expected.estimate, expected.low, expected.high)
-    )
+    assert (found.estimate, found.low, found.high) == pytest.approx((expected.estimate, expected.low, expected.high))
     assert "3 seed(s) and 400 images" in found.method
     values = results.values("cnn", "top1")
     assert found.estimate == pytest.approx(values.mean()) and list(values.index) == [0, 1, 2]
@@ -94,9 +90,7 @@ def test_interval_resamples_seeds_and_images(folder):
 def test_interval_of_corruption_has_the_image_as_its_unit(folder):
     results = Results(folder)
     found = interval(results, "lc_frozen_x8", "mean_corruption_accuracy")
-    cells_SN = (
-        np.stack([results.per_image["lc_frozen_x8"][s]["corruption_correct_cells"] for s in (0, 1, 2)]) / 10
-    )
+    cells_SN = np.stack([results.per_image["lc_frozen_x8"][s]["corruption_correct_cells"] for s in (0, 1, 2)]) / 10
     expected = statistics.bootstrap_seeds_images(cells_SN, resamples=4000)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
@@ -131,9 +125,7 @@ def test_one_seed_has_the_interval_of_its_test_images(single):
 
 def test_values_take_the_plainest_row_and_refuse_a_choice(folder):
     results = Results(folder)
-    assert results.values("tcnn", "latency", statistic="median").iloc[0] == pytest.approx(
-        1.0 + 0.37 * 5
-    )  # batch 1
+    assert results.values("tcnn", "latency", statistic="median").iloc[0] == pytest.approx(1.0 + 0.37 * 5)  # batch 1
     assert results.values("tcnn", "latency", statistic="median", batch=32).iloc[0] > 20
     assert results.values("tcnn", "latency").empty  # five statistics: no single value
     assert results.values("tcnn", "top1", corruption="fog").empty
@@ -150,9 +142,7 @@ def test_comparison_has_a_row_a_variant_whatever_happened(broken):
         2,
         3,
     ]
-    assert frame.loc["cnn", "latency_ratio"] == 1.0 and frame.loc["tcnn", "latency_ratio"] == pytest.approx(
-        2.85
-    )
+    assert frame.loc["cnn", "latency_ratio"] == 1.0 and frame.loc["tcnn", "latency_ratio"] == pytest.approx(2.85)
     finite = frame.select_dtypes("number").to_numpy(dtype=float)
     assert not np.isinf(finite).any()
 
@@ -178,9 +168,7 @@ def test_nothing_for_people_says_nan_or_inf(which, request):
     for text in texts:
         assert not re.search(r"(?<![a-z])(nan|inf|infinite|None|NaT)(?![a-z])", text)
     for file in (folder / "figures").glob("*.svg"):
-        assert not re.search(
-            r">[^<]*(?<![a-z])(nan|inf|None)(?![a-z])[^<]*<", file.read_text(encoding="utf-8")
-        ), file
+        assert not re.search(r">[^<]*(?<![a-z])(nan|inf|None)(?![a-z])[^<]*<", file.read_text(encoding="utf-8")), file
 
 
 def test_notes_group_what_differs_in_numbers_alone(folder):
@@ -292,16 +280,12 @@ def test_how_sure_names_the_evidence_or_the_reason():
         "(the paper: "
         "imagenet), epochs; reduced study; the images are a lossy copy"
     )
-    assert (
-        findings.how_sure(_claim(verdict="not run", reason="x is not in the study"))
-        == "x is not in the study"
-    )
+    assert findings.how_sure(_claim(verdict="not run", reason="x is not in the study")) == "x is not in the study"
 
 
 def test_reasons_group_what_the_study_lacks():
     rows = [
-        _claim(claim_id=f"p.{i}", verdict="not run", reason=f"{v} is not in the study")
-        for i, v in enumerate("aab")
+        _claim(claim_id=f"p.{i}", verdict="not run", reason=f"{v} is not in the study") for i, v in enumerate("aab")
     ]
     rows.append(_claim(claim_id="p.3", verdict="failed", reason="out of memory"))
     found = findings.reasons(pd.DataFrame(rows))
@@ -316,16 +300,10 @@ def test_replication_markdown_stays_readable(folder):
     frame = Results(folder).replication
     for claim in frame.loc[frame["role"] == "primary", "claim_id"]:
         assert f"| `{claim}` |" in text
-    assert (
-        text.index("## Primary claims")
-        < text.index("## Exploratory claims")
-        < text.index("## All other claims")
-    )
+    assert text.index("## Primary claims") < text.index("## Exploratory claims") < text.index("## All other claims")
     assert len(text.splitlines()) < 120 < len(frame)
     counted = sum(int(n) for n in re.findall(r"^- (\d+) \*\*", text, flags=re.MULTILINE))
-    assert counted + len(re.findall(r"^\| `\w+\.", text, flags=re.MULTILINE)) == len(
-        frame
-    )  # no claim is lost
+    assert counted + len(re.findall(r"^\| `\w+\.", text, flags=re.MULTILINE)) == len(frame)  # no claim is lost
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -373,13 +351,9 @@ def test_forest_puts_paper_and_margin_on_the_axis_of_its_panel():
     row = _claim(**cost, delta=0.05, delta_ci_low=0.02, delta_ci_high=0.08)
     assert forest._panel(row) == "ratios"
     assert forest._numbers(row, "ratios") == pytest.approx((0.80, 0.77, 0.83, 0.75, 0.75))
-    row = _claim(
-        claim_kind="absolute", unit="%", paper_value=93.0, delta=-0.5, delta_ci_low=-1.0, delta_ci_high=0.1
-    )
+    row = _claim(claim_kind="absolute", unit="%", paper_value=93.0, delta=-0.5, delta_ci_low=-1.0, delta_ci_high=0.1)
     assert forest._panel(row) == "values" and forest._numbers(row, "values") == (-0.5, -1.0, 0.1, 0.0, 0.0)
-    row = _claim(
-        claim_kind="delta", unit="pp", paper_value=2.0, delta=1.0, delta_ci_low=0.5, delta_ci_high=1.5
-    )
+    row = _claim(claim_kind="delta", unit="pp", paper_value=2.0, delta=1.0, delta_ci_low=0.5, delta_ci_high=1.5)
     assert forest._panel(row) == "differences" and forest._numbers(row, "differences") == (
         1.0,
         0.5,
@@ -405,10 +379,7 @@ def test_marks_differ_and_text_stays_inside(tmp_path, count):
     results = Results(folder)
     table = comparison(results)
     looks = [tuple(style.look(place).values()) for place in range(count)]
-    assert (
-        len(set(looks)) == count
-        and len({tuple(map(str, style.line(p).values())) for p in range(count)}) == count
-    )
+    assert len(set(looks)) == count and len({tuple(map(str, style.line(p).values())) for p in range(count)}) == count
     crowded = (figures.accuracy, figures.accuracy_latency, figures.training_curves)
     for function in figures.FIGURES[1:] if count < 10 else crowded:
         figure = function(results, table)
@@ -469,11 +440,7 @@ def _outline(folder) -> tuple[str, _Outline]:
 @pytest.mark.parametrize("which", ["folder", "broken", "single"])
 def test_page_is_one_accessible_file(which, request):
     text, outline = _outline(request.getfixturevalue(which))
-    assert (
-        "script" not in outline.tags
-        and not outline.links
-        and "http" not in re.sub(r"base64,[^\"]+", "", text)
-    )
+    assert "script" not in outline.tags and not outline.links and "http" not in re.sub(r"base64,[^\"]+", "", text)
     assert outline.images and all(len(image["alt"]) > 20 for image in outline.images)
     assert all(header.get("scope") in ("col", "row") for header in outline.headers)
     assert outline.tags.count("h1") == outline.tags.count("main") == 1 and 'lang="en"' in text
@@ -494,9 +461,7 @@ def test_page_answers_first(folder):
 
 
 def test_page_escapes_what_it_shows(tmp_path):
-    folder = build(
-        tmp_path, seeds=[0], description='<b>bold</b> & "quoted"', reduced="<script>alert(1)</script>"
-    )
+    folder = build(tmp_path, seeds=[0], description='<b>bold</b> & "quoted"', reduced="<script>alert(1)</script>")
     text = page.write(folder).read_text(encoding="utf-8")
     assert "<script" not in text and "<b>bold" not in text and "&lt;script&gt;" in text
 
@@ -514,9 +479,7 @@ def test_contrast_of_text_in_light_and_dark():
     )
     assert len(schemes) == 2
     for ink, paper, soft, back, good, bad, news in schemes:
-        full = [
-            c if len(c) == 7 else "#" + "".join(2 * d for d in c[1:]) for c in (ink, soft, good, bad, news)
-        ]
+        full = [c if len(c) == 7 else "#" + "".join(2 * d for d in c[1:]) for c in (ink, soft, good, bad, news)]
         for ground in (paper, back):
             ground = ground if len(ground) == 7 else "#" + "".join(2 * d for d in ground[1:])
             for colour in full:
@@ -544,7 +507,5 @@ def test_stale_figures_disappear(tmp_path):
 
 
 def test_a_folder_without_a_study_is_told_in_one_line(tmp_path):
-    with pytest.raises(
-        config.ConfigError, match=r"study.json: missing; run the workflow, or unpack a bundle, first"
-    ):
+    with pytest.raises(config.ConfigError, match=r"study.json: missing; run the workflow, or unpack a bundle, first"):
         tables.write(tmp_path)

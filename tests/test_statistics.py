@@ -42,12 +42,8 @@ def test_t_and_welch_are_scipys(a, b, level):
         result, shift = theirs(), 1.5 if ours.method.startswith("t,") else 0.0
         expected = result.confidence_interval(level)
         interval = ours.interval(level)
-        np.testing.assert_allclose(
-            [interval.low + shift, interval.high + shift], expected, rtol=1e-9, atol=1e-9
-        )
-        np.testing.assert_allclose(
-            [ours.df, ours.p_value()], [result.df, result.pvalue], rtol=1e-8, atol=1e-12
-        )
+        np.testing.assert_allclose([interval.low + shift, interval.high + shift], expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose([ours.df, ours.p_value()], [result.df, result.pvalue], rtol=1e-8, atol=1e-12)
 
 
 @given(samples, st.data())
@@ -72,9 +68,7 @@ def test_t_interval_by_hand():
 
 def test_summaries_equal_raw_data_and_swap_sign():
     raw = S.welch_interval(RUNS, OTHER)
-    summary = S.summary_difference(
-        np.mean(RUNS), np.std(RUNS, ddof=1), 5, np.mean(OTHER), np.std(OTHER, ddof=1), 3
-    )
+    summary = S.summary_difference(np.mean(RUNS), np.std(RUNS, ddof=1), 5, np.mean(OTHER), np.std(OTHER, ddof=1), 3)
     assert (summary.low, summary.high) == pytest.approx((raw.low, raw.high))
     swapped = S.welch_interval(OTHER, RUNS).reversed()
     assert (swapped.low, swapped.high) == pytest.approx((raw.low, raw.high))
@@ -162,9 +156,7 @@ def test_delta_to_paper_states_and_uses_its_assumption():
 def test_a_single_run_gets_the_test_set_interval_only():
     interval = S.delta_to_paper([93.5], 93.65, paper_sd=0.18, paper_n=4, test_images=10_000)
     wilson = S.wilson_interval(9350, 10_000)
-    assert (interval.low, interval.high) == pytest.approx(
-        (100 * wilson.low - 93.65, 100 * wilson.high - 93.65)
-    )
+    assert (interval.low, interval.high) == pytest.approx((100 * wilson.low - 93.65, 100 * wilson.high - 93.65))
     assert interval.n == 1 and "n=1, test-set CI only" in interval.method
     unknown = S.delta_to_paper([93.5], 93.65)
     assert (unknown.low, unknown.high) == (-math.inf, math.inf) and "no interval" in unknown.method
@@ -340,11 +332,7 @@ def test_detectable_effect_is_the_noncentral_t(sd, n):
 
 def test_detectable_effect_grows_with_margin_and_spread():
     plain = S.minimum_detectable_effect(0.2, 4)
-    assert (
-        S.minimum_detectable_effect(0.2, 4, other_n=8)
-        < plain
-        < S.minimum_detectable_effect(0.2, 4, other_sd=0.4)
-    )
+    assert S.minimum_detectable_effect(0.2, 4, other_n=8) < plain < S.minimum_detectable_effect(0.2, 4, other_sd=0.4)
     # far above the noise the margin plus the power's normal quantile is what it takes
     expected = 2 + stats.norm.ppf(0.8) * 0.2 * math.sqrt(0.5)
     assert S.minimum_detectable_effect(0.2, 4, margin=2.0) == pytest.approx(expected, rel=1e-3)

@@ -21,9 +21,7 @@ def relative(found, wanted) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnetrs50", "regnety_002", "tf_efficientnet_lite0", "convnext_tiny"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "resnetrs50", "regnety_002", "tf_efficientnet_lite0", "convnext_tiny"])
 def test_timm_models(name):
     import timm
 

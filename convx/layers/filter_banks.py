@@ -42,9 +42,7 @@ def draw_bank(
         return _uniform(shape, generator).div_(math.sqrt(fan_in))
     if kind == "shared":
         if shared_shape is None or shared_shape[0] < filters or shared_shape[1] < c_in:
-            raise ValueError(
-                f"shared_shape={shared_shape}: a shared bank must hold {filters} x {c_in} filters here"
-            )
+            raise ValueError(f"shared_shape={shared_shape}: a shared bank must hold {filters} x {c_in} filters here")
         return _uniform((*shared_shape, *kernel), generator)[:filters, :c_in].div(math.sqrt(fan_in))
     if kind == "edges_and_lines":
         bank = edges_and_lines(*kernel)
@@ -61,9 +59,7 @@ def draw_bank(
         if kind == "orthonormal":
             return _orthonormal(filters, fan_in, generator).to(torch.float32).reshape(shape)
         if root is None or root.shape != (area, area):
-            raise ValueError(
-                f"bank 'covariance' needs root, the {area} x {area} root of the filters' covariance"
-            )
+            raise ValueError(f"bank 'covariance' needs root, the {area} x {area} root of the filters' covariance")
         draws = torch.randn((filters * c_in, area), generator=generator, dtype=torch.float64, device="cpu")
         root = root.detach().to("cpu", torch.float64)
         scale = math.sqrt(area / (3 * fan_in)) / root.norm()  # mean variance 1 / (3 fan_in)
@@ -145,9 +141,7 @@ def resize_covariance(covariance: Tensor, old: tuple[int, int], new: tuple[int, 
         return covariance
 
     def resize_rows(matrix: Tensor) -> Tensor:
-        maps = F.interpolate(
-            matrix.T.reshape(-1, 1, *old), size=tuple(new), mode="bilinear", align_corners=False
-        )
+        maps = F.interpolate(matrix.T.reshape(-1, 1, *old), size=tuple(new), mode="bilinear", align_corners=False)
         return maps.flatten(1).T
 
     resized = resize_rows(resize_rows(covariance).T)
@@ -161,8 +155,6 @@ def covariance_root(covariance: Tensor) -> Tensor:
     Raises ``ValueError`` when no variance is left (the filters of the donor are all the same).
     """
     if not bool(covariance.isfinite().all()):
-        raise ValueError(
-            "donor: filters without variance; a covariance bank needs a donor with different filters"
-        )
+        raise ValueError("donor: filters without variance; a covariance bank needs a donor with different filters")
     values, vectors = torch.linalg.eigh((covariance + covariance.T).to(torch.float64) / 2)
     return (vectors * values.clamp_min(0).sqrt()).to(torch.float32)

@@ -61,9 +61,7 @@ class FilterBank(nn.Module):
             return
         drawn = draw_bank(self.kind, self.shape, seed, self.shared_shape, self.root)
         if checksum(drawn) != expected:
-            errors.append(
-                f"{prefix}key: here seed {seed} draws another {self.kind} bank than the one that was saved"
-            )
+            errors.append(f"{prefix}key: here seed {seed} draws another {self.kind} bank than the one that was saved")
             return
         device = self.key.device if self.filters.is_meta else self.filters.device
         self.filters = drawn.to(device, self.filters.dtype)

@@ -65,9 +65,7 @@ class GatedPositionalAttention(ActsAsConv, nn.Module):
 
         width = in_channels // groups
         self.out_weight = nn.Parameter(torch.empty(out_channels, heads, width))
-        nn.init.uniform_(
-            self.out_weight, -((heads * width) ** -0.5), (heads * width) ** -0.5, generator=generator
-        )
+        nn.init.uniform_(self.out_weight, -((heads * width) ** -0.5), (heads * width) ** -0.5, generator=generator)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.value = nn.Parameter(torch.eye(width).repeat(groups, 1))  # [C_in, C_in / groups]
         self.query = nn.Parameter(torch.empty(heads * self.key_dim, in_channels))
@@ -85,9 +83,7 @@ class GatedPositionalAttention(ActsAsConv, nn.Module):
         self.gate = nn.Parameter(torch.full((heads,), float(gate_init)))
 
     @classmethod
-    def from_conv(
-        cls, conv: nn.Conv2d, random_filters: bool = False, **settings
-    ) -> "GatedPositionalAttention":
+    def from_conv(cls, conv: nn.Conv2d, random_filters: bool = False, **settings) -> "GatedPositionalAttention":
         """Return the layer that computes what ``conv`` does, with a copy of its weights.
 
         ``conv`` may be timm's ``Conv2dSame``; ``random_filters`` draws new ones; ``settings``: the class's.
@@ -129,9 +125,7 @@ class GatedPositionalAttention(ActsAsConv, nn.Module):
     def _values(self, x_BCHW: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_BCHW.device.type):
             one = torch.eye(self.value.shape[1]).to(self.value).repeat(self.groups, 1)
-            if torch.equal(
-                self.value, one
-            ):  # at the start, where the product would take time and change nothing
+            if torch.equal(self.value, one):  # at the start, where the product would take time and change nothing
                 return x_BCHW
         return F.conv2d(x_BCHW, self.value[:, :, None, None], groups=self.groups)
 

@@ -27,9 +27,7 @@ class Conv2dSame(nn.Conv2d):
 
 def is_same_conv(module: nn.Module) -> bool:
     """True for a convolution with TensorFlow's padding: timm's ``Conv2dSame`` and the one above."""
-    return isinstance(module, nn.Conv2d) and any(
-        base.__name__ == "Conv2dSame" for base in type(module).__mro__
-    )
+    return isinstance(module, nn.Conv2d) and any(base.__name__ == "Conv2dSame" for base in type(module).__mro__)
 
 
 def pad(x_BCHW: Tensor, axes: tuple, mode: str) -> Tensor:

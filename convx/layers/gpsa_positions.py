@@ -29,9 +29,7 @@ def axis_geometry(size: int, k: int, s: int, p: Padding, d: int) -> tuple[int, i
     else:
         queries, before, after = (size + 2 * p - d * (k - 1) - 1) // s + 1, p, p
     if queries < 1:
-        raise ValueError(
-            f"an input of {size} pixels is smaller than the kernel of {k} (dilation {d}, padding {p})"
-        )
+        raise ValueError(f"an input of {size} pixels is smaller than the kernel of {k} (dilation {d}, padding {p})")
     return queries, reference_padding(k, p, d) - before, before, after
 
 

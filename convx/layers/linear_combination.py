@@ -49,9 +49,7 @@ class LinearCombinationConv2d(nn.Module):
         if bank == "edges_and_lines" and form != "depthwise":
             raise ValueError("bank='edges_and_lines' holds filters of one channel, set form='depthwise'")
         if int(expansion) != expansion or expansion < 1:
-            raise ValueError(
-                f"expansion={expansion!r}: the number of filters per channel is a whole number >= 1"
-            )
+            raise ValueError(f"expansion={expansion!r}: the number of filters per channel is a whole number >= 1")
         conv = nn.Conv2d(  # checks the arguments and brings them to one form
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device="meta",
@@ -95,9 +93,7 @@ class LinearCombinationConv2d(nn.Module):
         once c_out E >= c_in k^2 in the dense form), by the combinations of least norm.
         """
         if fit and settings.get("middle", "none") != "none":
-            raise ValueError(
-                f"middle={settings['middle']!r}: only a linear block can be fitted to a convolution"
-            )
+            raise ValueError(f"middle={settings['middle']!r}: only a linear block can be fitted to a convolution")
         new = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, conv.bias is not None, conv.padding_mode, **settings,
@@ -107,9 +103,7 @@ class LinearCombinationConv2d(nn.Module):
             if conv.bias is not None:
                 new.bias.copy_(conv.bias)
             if fit:
-                filters_bpm, weight_bpo = (
-                    t.double().cpu().mT for t in (new._filters(), new._split(conv.weight))
-                )
+                filters_bpm, weight_bpo = (t.double().cpu().mT for t in (new._filters(), new._split(conv.weight)))
                 solution_bmo = torch.linalg.lstsq(filters_bpm, weight_bpo, driver="gelsd").solution
                 new.combination.copy_(new._join(solution_bmo.mT, new.combination.shape))
         return new
@@ -141,9 +135,7 @@ class LinearCombinationConv2d(nn.Module):
     def effective_kernel(self) -> Tensor:
         """Return W, [c_out, c_in / groups, k_h, k_w], in float32 at least, under autocast too."""
         if not self.foldable:
-            raise ValueError(
-                f"middle={self.middle!r}: the block is not one convolution and has no effective kernel"
-            )
+            raise ValueError(f"middle={self.middle!r}: the block is not one convolution and has no effective kernel")
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         with torch.autocast(self.combination.device.type, enabled=False):
             dtype = torch.promote_types(self.bank.filters.dtype, torch.float32)  # a learned bank may be half
@@ -158,12 +150,8 @@ class LinearCombinationConv2d(nn.Module):
             kernel = self.effective_kernel().to(x_BCHW.dtype)
             return F.conv2d(x_BCHW, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
         groups = self.in_channels if self.form == "depthwise" else self.groups
-        y_BMHW = F.conv2d(
-            x_BCHW, self.bank.filters.to(x_BCHW.dtype), None, self.stride, padding, self.dilation, groups
-        )
-        return F.conv2d(
-            self.between(y_BMHW), self.combination[:, :, None, None], self.bias, groups=self.groups
-        )
+        y_BMHW = F.conv2d(x_BCHW, self.bank.filters.to(x_BCHW.dtype), None, self.stride, padding, self.dilation, groups)
+        return F.conv2d(self.between(y_BMHW), self.combination[:, :, None, None], self.bias, groups=self.groups)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:

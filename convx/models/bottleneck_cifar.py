@@ -31,9 +31,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(c_out)
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
@@ -51,9 +49,7 @@ class BottleneckCIFAR(nn.Module):
     def __init__(self, depth: int = 29, width: int = 16, num_classes: int = 10, in_channels: int = 3):
         super().__init__()
         if depth < 11 or (depth - 2) % 9:
-            raise ValueError(
-                f"bottleneck depth {depth}: it has 9n + 2 layers: 11, 20, 29, 38, 47, 56, 110, 164"
-            )
+            raise ValueError(f"bottleneck depth {depth}: it has 9n + 2 layers: 11, 20, 29, 38, 47, 56, 110, 164")
         if width < 1:
             raise ValueError(f"bottleneck width {width}: the first stage needs at least one channel")
         self.num_classes = num_classes
@@ -66,9 +62,7 @@ class BottleneckCIFAR(nn.Module):
                 blocks.append(Bottleneck(c_in, inner, stride=2 if stage > 1 and place == 0 else 1))
                 c_in = EXPANSION * inner
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-            self.feature_info.append(
-                {"num_chs": c_in, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"}
-            )
+            self.feature_info.append({"num_chs": c_in, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
         self.fc = nn.Linear(c_in, num_classes)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:

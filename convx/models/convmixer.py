@@ -51,9 +51,7 @@ class ConvMixer(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"convmixer kernel {kernel}: the kernel size must be odd: 3, 5, 7, 9")
         if min(width, depth, patch) < 1:
-            raise ValueError(
-                f"convmixer width {width}, depth {depth}, patch {patch}: each must be at least 1"
-            )
+            raise ValueError(f"convmixer width {width}, depth {depth}, patch {patch}: each must be at least 1")
         self.num_classes = num_classes
         self.stem = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.bn = nn.BatchNorm2d(width)
@@ -69,28 +67,20 @@ class ConvMixer(nn.Module):
         return self.fc(self.forward_features(x_BCHW).mean(dim=(2, 3)))
 
 
-def create(
-    name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings
-) -> ConvMixer:
+def create(name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings) -> ConvMixer:
     """Build ``convmixer{W}_{D}[_k{K}][_p{P}]``; ``settings`` override what the name says.
 
     Raises ``ValueError`` for another name, an unknown setting, or images smaller than a patch.
     """
     match = NAME.fullmatch(name)
     if match is None:
-        raise ValueError(
-            f"model {name!r}: its name is convmixer{{W}}_{{D}}[_k{{K}}][_p{{P}}], e.g. convmixer128_8_k9"
-        )
-    arguments = {"kernel": 5, "patch": 2} | {
-        key: int(value) for key, value in match.groupdict().items() if value
-    }
+        raise ValueError(f"model {name!r}: its name is convmixer{{W}}_{{D}}[_k{{K}}][_p{{P}}], e.g. convmixer128_8_k9")
+    arguments = {"kernel": 5, "patch": 2} | {key: int(value) for key, value in match.groupdict().items() if value}
     if unknown := sorted(set(settings) - {"width", "depth", "kernel", "patch"}):
         raise ValueError(
             f"model {name!r}: unknown setting {unknown[0]!r}; the settings are depth, kernel, patch, width"
         )
     arguments |= settings
     if image_size is not None and image_size < arguments["patch"]:
-        raise ValueError(
-            f"model {name!r}: {image_size} px images are below the patch of {arguments['patch']} px"
-        )
+        raise ValueError(f"model {name!r}: {image_size} px images are below the patch of {arguments['patch']} px")
     return ConvMixer(**arguments, num_classes=num_classes, in_channels=in_channels)

@@ -25,9 +25,7 @@ class InvertedResidual(nn.Module):
         inner = c_in * expansion
         self.expand = nn.Identity()
         if expansion > 1:
-            self.expand = nn.Sequential(
-                nn.Conv2d(c_in, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6()
-            )
+            self.expand = nn.Sequential(nn.Conv2d(c_in, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6())
         self.depthwise = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.project = nn.Conv2d(inner, c_out, 1, bias=False)
@@ -65,12 +63,8 @@ class MobileNetCIFAR(nn.Module):
                 blocks.append(InvertedResidual(c_in, c_out, stride, expansion=1 if first else EXPANSION))
                 c_in = c_out
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-            self.feature_info.append(
-                {"num_chs": c_out, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"}
-            )
-        self.last = nn.Sequential(
-            nn.Conv2d(c_in, 4 * c_in, 1, bias=False), nn.BatchNorm2d(4 * c_in), nn.ReLU6()
-        )
+            self.feature_info.append({"num_chs": c_out, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
+        self.last = nn.Sequential(nn.Conv2d(c_in, 4 * c_in, 1, bias=False), nn.BatchNorm2d(4 * c_in), nn.ReLU6())
         self.fc = nn.Linear(4 * c_in, num_classes)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
@@ -65,9 +63,7 @@ class ResNetCIFAR(nn.Module):
     ):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(
-                f"resnet depth {depth}: a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 32, 44, 56, 110"
-            )
+            raise ValueError(f"resnet depth {depth}: a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 32, 44, 56, 110")
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"resnet kernel {kernel}: the kernel size must be odd: 3, 5, 7, 9")
         if width < 1:
@@ -83,9 +79,7 @@ class ResNetCIFAR(nn.Module):
                 blocks.append(BasicBlock(c_in, c_out, stride, kernel, depthwise))
                 c_in = c_out
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-            self.feature_info.append(
-                {"num_chs": c_out, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"}
-            )
+            self.feature_info.append({"num_chs": c_out, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
         self.fc = nn.Linear(c_in, num_classes)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
@@ -97,18 +91,14 @@ class ResNetCIFAR(nn.Module):
         return self.fc(self.forward_features(x_BCHW).mean(dim=(2, 3)))
 
 
-def create(
-    name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings
-) -> ResNetCIFAR:
+def create(name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings) -> ResNetCIFAR:
     """Build ``resnet{D}_{W}[_k{K}][_dw]``; any image size works, ``settings`` override what the name says."""
     match = NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"model {name!r}: its name is resnet{{D}}_{{W}}[_k{{K}}][_dw], e.g. resnet20_16_k5")
     known = {"depth", "width", "kernel", "depthwise"}
     if unknown := sorted(set(settings) - known):
-        raise ValueError(
-            f"model {name!r}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"model {name!r}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
     arguments = {
         "depth": int(match["depth"]),
         "width": int(match["width"]),

@@ -55,9 +55,7 @@ def interval(results: Results, variant: str, metric: str, **conditions) -> stati
         return statistics.Interval(estimate, math.nan, math.nan, 0.95, 1, "one run, no interval")
     found = statistics.t_interval(values.to_numpy())
     method = f"Student's t over {len(values)} seeds, the test set as it is"
-    return statistics.Interval(
-        estimate, max(0.0, found.low), min(100.0, found.high), 0.95, len(values), method
-    )
+    return statistics.Interval(estimate, max(0.0, found.low), min(100.0, found.high), 0.95, len(values), method)
 
 
 def _first(values: pd.Series) -> float:
@@ -99,9 +97,7 @@ def _latency(results: Results, name: str) -> dict:
     float32."""
     row = {}
     for part in ("median", "median_low", "median_high"):
-        row[f"latency_ms{part.removeprefix('median')}"] = _first(
-            results.values(name, "latency", statistic=part)
-        )
+        row[f"latency_ms{part.removeprefix('median')}"] = _first(results.values(name, "latency", statistic=part))
     for part in ("median", "low", "high"):
         suffix = "" if part == "median" else f"_{part}"
         row[f"latency_ratio{suffix}"] = _first(results.values(name, "latency_ratio", statistic=part))

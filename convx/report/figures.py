@@ -103,9 +103,7 @@ def accuracy(results: Results, table: pd.DataFrame):
     names = []
     for _, row in table.iterrows():
         part = 0 < row["seeds_done"] < row["seeds_planned"]
-        names.append(
-            row["variant"] + (f" ({row['seeds_done']} of {row['seeds_planned']} runs)" if part else "")
-        )
+        names.append(row["variant"] + (f" ({row['seeds_done']} of {row['seeds_planned']} runs)" if part else ""))
     axes.set_yticks(_rows(table), names)
     axes.set_ylim(-0.7, len(table) - 0.4)
     axes.set_xlabel("top-1 on the test images (%)")
@@ -122,12 +120,7 @@ def corruption_heatmap(results: Results, table: pd.DataFrame):
     cells = results.runs[results.runs["metric"] == "corruption_accuracy"]
     if cells["value"].isna().all():
         return None
-    grid = (
-        cells.assign(value=cells["value"].astype(float))
-        .groupby(["variant", "corruption"])["value"]
-        .mean()
-        .unstack()
-    )
+    grid = cells.assign(value=cells["value"].astype(float)).groupby(["variant", "corruption"])["value"].mean().unstack()
     order = [name for name in results.variants if name in grid.index]
     grid = grid.loc[order, grid.mean().sort_values(ascending=False, kind="stable").index]
     size = (max(7.0, 2.6 + 0.46 * grid.shape[1]), 2.0 + 0.32 * grid.shape[0])
@@ -140,16 +133,12 @@ def corruption_heatmap(results: Results, table: pd.DataFrame):
         text = f"{value:.0f}" if np.isfinite(value) else "–"
         dark = np.isfinite(value) and image.norm(value) < 0.55
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.set_xticks(
-        range(grid.shape[1]), [c.replace("_", " ") for c in grid.columns], rotation=45, ha="right"
-    )
+    axes.set_xticks(range(grid.shape[1]), [c.replace("_", " ") for c in grid.columns], rotation=45, ha="right")
     axes.set_yticks(range(grid.shape[0]), grid.index)
     axes.grid(visible=False)
     protocols = sorted(set(cells["protocol"].dropna()))
     made = "" if any(p.startswith("official") for p in protocols) else ", images regenerated"
-    style.title(
-        figure, f"Top-1 (%) under corruption: mean of severities and seeds ({', '.join(protocols)}{made})"
-    )
+    style.title(figure, f"Top-1 (%) under corruption: mean of severities and seeds ({', '.join(protocols)}{made})")
     figure.colorbar(image, ax=axes, label="top-1 (%)", shrink=0.85)
     _note(figure, results)
     return figure
@@ -222,9 +211,7 @@ def accuracy_energy(results: Results, table: pd.DataFrame):
     scaled_table = table.assign(energy=table["inference_kwh"] * factor)
     xlabel = f"inference energy ({prefix}Wh / 1000 images{', an estimate' if estimated else ''})"
     title = "Accuracy against energy of inference" + (" (an estimate, not for ranking)" if estimated else "")
-    figure = _scatter(
-        scaled_table, "energy", "top1", xlabel, "top-1 (%)", title, None if estimated else "low"
-    )
+    figure = _scatter(scaled_table, "energy", "top1", xlabel, "top-1 (%)", title, None if estimated else "low")
     if figure:
         _note(figure, results)
     return figure
@@ -235,18 +222,14 @@ def training_curves(results: Results, table: pd.DataFrame):
     mean over seeds."""
     found = {}
     for place, name in enumerate(results.variants):
-        histories = [
-            h for s in results.seeds(name) if (h := results.history(name, s)) is not None and "epoch" in h
-        ]
+        histories = [h for s in results.seeds(name) if (h := results.history(name, s)) is not None and "epoch" in h]
         if any(len(h) > 1 for h in histories):
             found[place, name] = pd.concat(histories)
     if not found:
         return None
     validated = any("validation_top1" in frame for frame in found.values())
     metric = "validation_top1" if validated else "train_top1"
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=style.with_legend([name for _, name in found], 8.3, 3.8)
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=style.with_legend([name for _, name in found], 8.3, 3.8))
     for (place, name), frame in found.items():
         for axes, column in ((left, metric), (right, "train_loss")):
             if column not in frame or frame[column].isna().all():

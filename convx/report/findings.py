@@ -97,9 +97,7 @@ def found(row) -> str:
     if not known(value):
         return DASH
     if row["claim_kind"] == "exact":
-        return (f"{value:.5g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}").replace(
-            "-", "−"
-        ) + unit(row)
+        return (f"{value:.5g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}").replace("-", "−") + unit(row)
     sign = is_difference(row) and known(row["delta"])
     places = 2 if row["unit"] in ("%", "pp") else None
     return with_interval(value, low, high, places, sign, " times" if row["unit"] == "ratio" else unit(row))
@@ -117,17 +115,13 @@ def how_sure(row, reduced: str = "") -> str:
     if row["verdict"] not in DECIDED:
         parts.append(row["reason"] or "")
     elif row["claim_kind"] == "exact":
-        parts.append(
-            f"computed; tolerance {row['margin']:g}" if known(row["margin"]) and row["margin"] else "computed"
-        )
+        parts.append(f"computed; tolerance {row['margin']:g}" if known(row["margin"]) and row["margin"] else "computed")
     else:
         runs = [int(row[key]) for key in ("ours_n", "reference_n") if known(row[key])]
         if runs:
             same = len(set(runs)) == 1
             counts = f"{runs[0]}" if same else " and ".join(map(str, runs))
-            parts.append(
-                f"{counts} run{'s' if max(runs) > 1 else ''}{' each' if same and len(runs) > 1 else ''}"
-            )
+            parts.append(f"{counts} run{'s' if max(runs) > 1 else ''}{' each' if same and len(runs) > 1 else ''}")
         if known(row["margin"]):
             parts.append(f"margin {row['margin']:g}{unit(row)}")
         if known(row["holm_p"]):

@@ -47,9 +47,7 @@ def claims_forest(results: Results, table: pd.DataFrame):
     for name, ax in zip(panels, axes[:, 0]):
         _draw(ax, frame[frame["panel"] == name], name)
     words = "Claims against what was found, 95 % intervals"
-    style.title(
-        figure, words if frame["verdict"].isin(DECIDED).any() else f"{words}: none of them is decided yet"
-    )
+    style.title(figure, words if frame["verdict"].isin(DECIDED).any() else f"{words}: none of them is decided yet")
     rest = [f"{left_out} more claims are in the replication table."] if left_out else []
     if results.study["reduced"]:
         rest.append(f"Reduced study: {results.study['reduced']}.")

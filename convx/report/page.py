@@ -118,9 +118,7 @@ def _answer(primary: pd.DataFrame) -> str:
     parts = [f"Of {len(primary)} main claims, {len(settled)} could be decided here"]
     parts.append(f": {_counted(settled['verdict'])}. " if len(settled) else ". ")
     if len(left):
-        parts.append(
-            f"{'The other ' if len(settled) else ''}{len(left)} could not: {_counted(left['verdict'])}."
-        )
+        parts.append(f"{'The other ' if len(settled) else ''}{len(left)} could not: {_counted(left['verdict'])}.")
     return f"<h2>What was claimed, what we found</h2><p class='answer'>{''.join(parts)}</p>"
 
 
@@ -142,9 +140,7 @@ def _claims(frame: pd.DataFrame, caption: str, reduced: str) -> str:
         )
         head = f"<th role='rowheader' scope='row'>{_text(row['statement'])} <small>{origin}</small></th>"
         rows.append(f"<tr role='row'>{head}{tds}</tr>")
-    header = "".join(
-        f"<th role='columnheader' scope='col'>{name}</th>" for name in ("what is claimed", *columns)
-    )
+    header = "".join(f"<th role='columnheader' scope='col'>{name}</th>" for name in ("what is claimed", *columns))
     return (
         f"<table class='claims' role='table'><caption>{caption}</caption><thead role='rowgroup'><tr "
         f"role='row'>{header}</tr>"
@@ -160,25 +156,19 @@ def _undecided(frame: pd.DataFrame) -> str:
     items = []
     for _, row in measured.iterrows():
         items.append(
-            f"<li>{verdict(row['verdict'])} <code>{_text(row['claim_id'])}</code>: "
-            f"{_text(row['reason'])}</li>"
+            f"<li>{verdict(row['verdict'])} <code>{_text(row['claim_id'])}</code>: {_text(row['reason'])}</li>"
         )
     most = 8
     more = ""
     if len(items) > most:
-        more = (
-            f"<details><summary>{len(items) - most} more</summary><ul>{''.join(items[most:])}</ul></details>"
-        )
+        more = f"<details><summary>{len(items) - most} more</summary><ul>{''.join(items[most:])}</ul></details>"
     for word in ("not comparable", "not run"):
         some = part[part["verdict"] == word]
         if len(some):
             papers = [
-                f"{key} {count}"
-                for key, count in some["paper_key"].value_counts(sort=False).sort_index().items()
+                f"{key} {count}" for key, count in some["paper_key"].value_counts(sort=False).sort_index().items()
             ]
-            items.insert(
-                0, f"<li>{verdict(word)} {len(some)} claims: {MEANINGS[word]} ({', '.join(papers)}).</li>"
-            )
+            items.insert(0, f"<li>{verdict(word)} {len(some)} claims: {MEANINGS[word]} ({', '.join(papers)}).</li>")
             most += 1
     return f"<h2>What could not be decided</h2><ul>{''.join(items[:most])}</ul>{more}"
 
@@ -186,15 +176,12 @@ def _undecided(frame: pd.DataFrame) -> str:
 def _comparison(results: Results, frame: pd.DataFrame) -> str:
     header, rows = comparison_cells(results, frame)
     cells = "".join(
-        f"<th scope='col'{' class=n' if place > 1 else ''}>{_text(name)}</th>"
-        for place, name in enumerate(header)
+        f"<th scope='col'{' class=n' if place > 1 else ''}>{_text(name)}</th>" for place, name in enumerate(header)
     )
     body = []
     for row in rows:
         numbers = "".join(f"<td class='n'>{_text(cell)}</td>" for cell in row[2:])
-        body.append(
-            f"<tr><th scope='row'><code>{_text(row[0])}</code></th><td>{_text(row[1])}</td>{numbers}</tr>"
-        )
+        body.append(f"<tr><th scope='row'><code>{_text(row[0])}</code></th><td>{_text(row[1])}</td>{numbers}</tr>")
     notes = "".join(f"<li>{_text(note)}</li>" for note in comparison_notes(results, frame))
     return (
         "<h2>Side by side</h2><div class='wide' tabindex='0' role='region' aria-label='comparison of the "
@@ -219,9 +206,7 @@ def _figure(name: str, file: Path | None) -> str:
 def _title(file: Path) -> str:
     """Return the title that a figure carries in its SVG, or its name where it has none."""
     svg = file.with_suffix(".svg")
-    found = (
-        re.search(r"<dc:title>(.*?)</dc:title>", svg.read_text(encoding="utf-8")) if svg.exists() else None
-    )
+    found = re.search(r"<dc:title>(.*?)</dc:title>", svg.read_text(encoding="utf-8")) if svg.exists() else None
     return html.unescape(found[1]) if found else f"The figure {file.stem.replace('_', ' ')}"
 
 
@@ -248,8 +233,7 @@ def _others(measured: pd.DataFrame, computed: pd.DataFrame, rest: pd.DataFrame, 
             parts.append(f"<details><summary>{len(part)} were {what}: {words}</summary>{table}</details>")
     for paper, part in rest.groupby("paper_key", sort=True):
         items = "".join(
-            f"<li>{len(names)} × {verdict(word)} {_text(reason)} "
-            f"<small>({_text(listed(names, 3))})</small></li>"
+            f"<li>{len(names)} × {verdict(word)} {_text(reason)} <small>({_text(listed(names, 3))})</small></li>"
             for word, reason, names in reasons(part, reduced)
         )
         words = _counted(part["verdict"])
@@ -287,6 +271,4 @@ def _provenance(results: Results) -> str:
     hours = sum(record["wall_seconds"] for record in results.records if known(record["wall_seconds"])) / 3600
     digest = config.digest(results.study)
     made = f"<p>Made on:</p><ul>{places}</ul>" if places else "<p>No run is in yet.</p>"
-    return (
-        f"<footer>{made}<p>{hours:.2f} machine-hours in all; study digest <code>{digest}</code>.</p></footer>"
-    )
+    return f"<footer>{made}<p>{hours:.2f} machine-hours in all; study digest <code>{digest}</code>.</p></footer>"

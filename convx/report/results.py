@@ -85,9 +85,7 @@ class Results:
         frame = self.runs.iloc[self._places.get((variant, metric), [])]
         for key, value in conditions.items():
             frame = frame[
-                [same(v, value) for v in frame[key]]
-                if key in frame and len(frame)
-                else np.zeros(len(frame), bool)
+                [same(v, value) for v in frame[key]] if key in frame and len(frame) else np.zeros(len(frame), bool)
             ]
         return Table(frame, {}, {}).rows(variant, metric, conditions) if len(frame) else frame
 
@@ -115,9 +113,7 @@ class Results:
     @cached_property
     def replication(self) -> pd.DataFrame:
         """Return the replication table: one row a claim of every paper, decided or with its reason."""
-        return claims.evaluate(
-            claims.load_ledgers(), self.runs, self.per_image, self.claims_study, self.exact
-        )
+        return claims.evaluate(claims.load_ledgers(), self.runs, self.per_image, self.claims_study, self.exact)
 
     def status(self, variant: str) -> tuple[str, str]:
         """Return ("ok" | "failed" | "incomplete" | "not run", reason) of a variant.

@@ -122,11 +122,7 @@ def save(figure, folder: str | Path, name: str) -> None:
     title = {"Title": " ".join(figure.get_suptitle().split())} if figure.get_suptitle() else {}
     for kind in ("svg", "png"):
         with atomic(Path(folder) / f"{name}.{kind}") as temporary:
-            metadata = title | (
-                {"Date": None, "Creator": "convx"} if kind == "svg" else {"Software": "convx"}
-            )
+            metadata = title | ({"Date": None, "Creator": "convx"} if kind == "svg" else {"Software": "convx"})
             figure.savefig(temporary, format=kind, metadata=metadata)
-        figure.set_layout_engine(
-            "none"
-        )  # the second file has the layout of the first, which took half of the time
+        figure.set_layout_engine("none")  # the second file has the layout of the first, which took half of the time
     plt.close(figure)

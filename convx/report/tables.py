@@ -54,8 +54,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     lines += [
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
-        for row in rows
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,9 +82,7 @@ def comparison_cells(results: Results, frame: pd.DataFrame) -> tuple[list[str], 
         factor, prefix = units[column] = scaled(frame[column])
         gas = column.endswith("kgco2e")
         what = "training" if column.startswith("training") else "inference"
-        header.append(
-            f"{what} {prefix}{'gCO2e' if gas else 'Wh'}" + ("" if what == "training" else " / 1000 images")
-        )
+        header.append(f"{what} {prefix}{'gCO2e' if gas else 'Wh'}" + ("" if what == "training" else " / 1000 images"))
     rows = []
     for _, row in frame.iterrows():
         cells = [row["variant"], row["status"] + (f": {row['reason']}" if row["reason"] else "")]
@@ -118,15 +115,12 @@ def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
     for label, column in (("Top-1", "top1_interval"), ("Corrupted top-1", "corruption_interval")):
         ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
         if ways:
-            notes.append(
-                f"{label}: the bracket is the 95 % interval of the mean over seeds, by {'; '.join(ways)}."
-            )
+            notes.append(f"{label}: the bracket is the 95 % interval of the mean over seeds, by {'; '.join(ways)}.")
     protocol = results.study["evaluate"]["corruption"]
     if protocol and frame["corruption"].notna().any():
         made = "" if protocol["protocol"] == "official" else ", images regenerated"
         notes.append(
-            f"Corrupted images: mean over corruptions and severities, protocol "
-            f"`{protocol['protocol']}`{made}."
+            f"Corrupted images: mean over corruptions and severities, protocol `{protocol['protocol']}`{made}."
         )
     if frame["latency_ms"].notna().any():
         notes.append(
@@ -148,11 +142,7 @@ def comparison_markdown(results: Results, frame: pd.DataFrame) -> str:
     """Return the comparison table for people, with how each figure was obtained below it."""
     header, rows = comparison_cells(results, frame)
     table = markdown(header, [[f"`{row[0]}`", *row[1:]] for row in rows])
-    return (
-        head(results, "Comparison")
-        + table
-        + "".join(f"\n{note}\n" for note in comparison_notes(results, frame))
-    )
+    return head(results, "Comparison") + table + "".join(f"\n{note}\n" for note in comparison_notes(results, frame))
 
 
 def replication_markdown(results: Results, frame: pd.DataFrame) -> str:
@@ -176,9 +166,7 @@ def replication_markdown(results: Results, frame: pd.DataFrame) -> str:
     for paper, part in rest.groupby("paper_key", sort=True):
         parts.append(f"\n### {paper}: {len(part)}\n\n")
         for word, reason, names in reasons(part, reduced):
-            parts.append(
-                f"- {len(names)} **{word}**: {reason}. Claims {listed([f'`{name}`' for name in names], 3)}\n"
-            )
+            parts.append(f"- {len(names)} **{word}**: {reason}. Claims {listed([f'`{name}`' for name in names], 3)}\n")
     return "".join(parts)
 
 
@@ -191,9 +179,7 @@ def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     rank = frame["verdict"].map({word: place for place, word in enumerate(SIGNS)})
     parts = []
     for chosen in (primary, number & ~exact, number & exact):
-        parts.append(
-            frame[chosen].assign(rank=rank[chosen]).sort_values("rank", kind="stable").drop(columns="rank")
-        )
+        parts.append(frame[chosen].assign(rank=rank[chosen]).sort_values("rank", kind="stable").drop(columns="rank"))
     return *parts, frame[~primary & ~number]
 
 
