@@ -285,7 +285,10 @@ def test_every_schema_property_has_a_description_and_a_default():
 
 
 def test_parsing_imports_no_torch():
-    code = "import sys; from convx.plan import Plan; Plan(__import__('yaml').safe_load(open(sys.argv[1])), 'x'); print('torch' in sys.modules)"
+    code = (
+        "import sys, yaml; from convx.plan import Plan; "
+        "Plan(yaml.safe_load(open(sys.argv[1])), 'x'); print('torch' in sys.modules)"
+    )
     file = str(Path(REPOSITORY) / "config" / "config.yaml")
     result = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.stdout.strip() == "False", result.stderr

@@ -311,7 +311,7 @@ def test_mixup_makes_distributions_and_randaugment_keeps_bytes():
     out = augment(images, rng)
     assert out.dtype == torch.uint8
     assert out.shape == images.shape
-    x, target = augment.mix(out.float(), torch.arange(8), rng)
+    _, target = augment.mix(out.float(), torch.arange(8), rng)
     assert target.shape == (8, 10)
     assert torch.allclose(target.sum(1), torch.ones(8))
 
