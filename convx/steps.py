@@ -20,13 +20,15 @@ def corrupt(wanted: dict, data: str, out: str, workers: int) -> None:
     import os
 
     from convx.data import open_set
-    from convx.data.corruptions import build, open_official
+    from convx.data.corruptions import build, open_official, verified_folder
 
+    images, labels = open_set(Path(data).parent).split("test")
     if wanted["protocol"] == "official":
-        open_official(wanted["path"])  # checks shapes and labels
-        write_json(out, {"official": str(Path(wanted["path"]).resolve())})
+        folder = verified_folder(wanted["path"], Path(out).parent)
+        arrays = any(folder.glob("*.npy"))  # CIFAR-C: its labels must be those of the clean images
+        open_official(folder, **({"clean_labels": labels, "images": len(labels)} if arrays else {}))
+        write_json(out, {"official": str(folder.resolve())})
         return
-    images, _ = open_set(Path(data).parent).split("test")
     workers = min(workers, os.cpu_count() or 1)
     names, severities = wanted["corruptions"], sorted(wanted["severities"])
     build(

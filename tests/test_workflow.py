@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 
 import pandas as pd
 import pytest
-from house import TINY, House, clone
+from house import REPOSITORY, TINY, House, clone
 
 pytestmark = pytest.mark.slow
 
@@ -291,6 +292,43 @@ def test_a_partial_start_takes_a_kept_epoch(tmp_path):
     tuned = pd.read_csv(house.results("histories", "cnn_finetuned", "seed0.csv")).set_index("epoch")
     assert tuned.loc[0, "validation_top1"] == cnn.loc[1, "validation_top1"]
     assert tuned.loc[0, "validation_loss"] == pytest.approx(cnn.loc[1, "validation_loss"], rel=1e-6)
+
+
+def test_a_step_that_dies_leaves_a_partial_table(tmp_path):
+    """Snakemake fails when a process dies; `onerror` still writes the table from the metrics that exist."""
+    house = House.build(tmp_path / "house")
+    house.study["variants"], house.study["evaluate"] = {"cnn": None}, {}
+    house.edit("convx/evaluate/accuracy.py", "def run(", "raise SystemError('a broken evaluator')\n\n\ndef run(")
+    result = house.snakemake()
+    assert result.returncode != 0
+    assert "a broken evaluator" in result.stdout  # show-failed-logs
+    table = pd.read_csv(house.results("tables", "comparison.csv")).set_index("variant")
+    assert table.loc["cnn", "status"] == "not run"
+
+
+def test_timing_owns_the_machine_and_is_done_once_a_variant(finished):
+    house_plan = finished.snakemake("--dry-run", "--forceall")
+    jobs = re.split(r"\n(?=(?:local)?rule )", house_plan.stdout)
+    measured = [job for job in jobs if re.match(r"(?:local)?rule measure:", job)]
+    assert len(measured) == len(TINY["variants"])
+    assert all("threads: 2" in job for job in measured)  # 10000, capped to the cores given
+    trained = [job for job in jobs if re.match(r"(?:local)?rule train:", job)]
+    assert trained and not any("threads: 2" in job for job in trained)
+
+
+def test_the_default_profile_and_the_rules_keep_the_pattern():
+    import yaml
+
+    profile = yaml.safe_load((REPOSITORY / "profiles" / "default" / "profile.yaml").read_text())
+    assert profile["rerun-triggers"] == ["mtime", "params", "input", "software-env"]
+    assert all(profile[key] is True for key in ("keep-going", "rerun-incomplete", "nolock"))
+    assert profile["resources"]["gpu"] == 1
+    rules = "".join(path.read_text() for path in (REPOSITORY / "workflow").rglob("*.smk"))
+    assert "ancient(" not in rules
+    assert "lambda" not in rules
+    assert "threads: 10000" in rules
+    lock = (REPOSITORY / "envs" / "requirements.lock").read_text()
+    assert "executor-plugin-slurm" not in lock
 
 
 def test_a_users_operator_beside_the_controls(house):

@@ -31,6 +31,7 @@ _LAZY = {
     "open_corrupted": "store",
     "CorruptedSet": "store",
     "open_official": "official",
+    "verified_folder": "official",
     "ARCHIVES": "official",
 }
 

@@ -6,6 +6,8 @@ unpacked folders, with the mapping interface of the regenerated sets: corruption
 
 from __future__ import annotations
 
+import hashlib
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,3 +257,38 @@ def open_official(
     if any(folder.glob("*.npy")):
         return OfficialCifar(folder, images, None if clean_labels is None else np.asarray(clean_labels, np.int64))
     return OfficialImageNet(folder, wnids)
+
+
+def verified_folder(path: str | Path, scratch: str | Path) -> Path:
+    """Return the folder of a published set: ``path`` itself, or what its published archives unpack to below ``scratch``.
+
+    ``path``: an unpacked folder, one of the archives in ``ARCHIVES``, or a folder that holds some of them. An
+    archive is told by its file name and unpacked only after its published MD5 (and sha256, where there is
+    one) matched; ValueError otherwise. Members that would leave ``scratch`` are refused.
+    """
+    path, scratch = Path(path), Path(scratch)
+    known = {archive.file: archive for archive in ARCHIVES.values()}
+    found = [path] if path.is_file() else [path / name for name in known if (path / name).is_file()]
+    if not found:
+        return path
+    for file in found:
+        if (archive := known.get(file.name)) is None:
+            raise ValueError(f"{file}: not the name of a published archive; they are {', '.join(known)}")
+        for algorithm in ("md5", "sha256"):
+            expected = getattr(archive, algorithm)
+            if expected is None:
+                continue
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(
+                    stream, lambda a=algorithm: hashlib.new(a, usedforsecurity=False)
+                ).hexdigest()
+            if digest != expected:
+                raise ValueError(
+                    f"{file}: its {algorithm} is {digest}, published is {expected}; download {archive.url} again"
+                )
+    target = scratch / "unpacked"
+    for file in found:
+        with tarfile.open(file) as tar:
+            tar.extractall(target, filter="data")
+    inner = [entry for entry in target.iterdir() if entry.is_dir()]
+    return inner[0] if len(inner) == 1 and any(inner[0].glob("*.npy")) else target
