@@ -1,8 +1,8 @@
 """A user's own model or operator beside the matched controls of a study: same data, recipe, seeds, evaluations, one table.
 
-A comparison is a study of its own, ``<study>_<name>``: the study's file with one more variant. Metrics that the study has in
-``results/`` already are taken over, so only what is new is trained (and the baseline once, which latencies are paired with).
-No torch.
+A comparison is a study of its own, ``<study>_<name>``: the study's file with one more variant. What the study has in ``results/``
+already, metrics, histories and weights, is taken over, so that only what is new is trained. Without the weights of the
+baseline, which latencies are paired with, it is trained again and everything is measured against it anew. No torch.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import yaml
 from convx.config import ConfigError, load_study, read_yaml
 from convx.manifest import atomic
 
-STEPS = {"model": "model", "surgery": "surgery"}
+TAKEN = ("metrics/**/*.json", "histories/**/*.csv", "recipes/**/*.json", "runs/**/*", "exact.json")
 
 
 def derive_study(study_file: str | Path, name: str, model: str | None, surgery: str | None, recipe: str | None) -> dict:
@@ -58,12 +58,12 @@ def run(
     study = derive_study(study_file, name, model, surgery, recipe)
     source = Path("results") / study["study"].removesuffix(f"_{name}")
     target = Path("results") / study["study"]
-    for part in ("metrics", "histories"):
-        for file in source.glob(f"{part}/**/*.*"):
+    for part in TAKEN:
+        for file in source.glob(part):
             copy = target / file.relative_to(source)
             if file.is_file() and not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, copy)
+                shutil.copy2(file, copy)  # with its times: what is newer than what decides what is made again
     file = target / "compare.yaml"
     with atomic(file) as temporary:
         temporary.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")

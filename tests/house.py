@@ -73,16 +73,9 @@ class House:
     def snakemake(self, *arguments: str, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
         """Run Snakemake on the study; stdout and stderr come together in ``stdout``."""
         self.write()
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "2",
-            "--configfile",
-            "config/tiny.yaml",
-            *arguments,
-        ]
+        # Arguments first: --configfile takes every word that follows it.
+        command = [sys.executable, "-m", "snakemake", *arguments]
+        command += ["--cores", "2", "--configfile", "config/tiny.yaml"]
         return subprocess.run(
             command,
             cwd=self.root,

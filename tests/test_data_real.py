@@ -20,10 +20,12 @@ MIRRORS = [
 ]
 MEMORY = 1500  # MiB
 PREPARE = """
-import json, resource, sys
+import json, re, sys
 from convx.data import prepare
 meta = prepare(json.loads(sys.argv[1]), sys.argv[2], progress=False)
-print(json.dumps([meta, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+# not getrusage: its maximum is inherited from the process that starts this one
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
+print(json.dumps([meta, peak]))
 """
 
 

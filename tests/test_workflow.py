@@ -332,7 +332,7 @@ def test_the_default_profile_and_the_rules_keep_the_pattern():
 
 
 def test_a_users_operator_beside_the_controls(house):
-    """`convx compare` takes the study's metrics over: the user's variant is trained, and the baseline it is paired with."""
+    """`convx compare` takes over what the study has: the user's variant alone is trained."""
     (house.root / "mine.py").write_text(
         "from torch import nn\n\n\ndef dropped(model):\n    model.fc = nn.Sequential(nn.Dropout(0.1), model.fc)\n    return model\n"
     )
@@ -351,7 +351,9 @@ def test_a_users_operator_beside_the_controls(house):
     table = pd.read_csv(results / "tables" / "comparison.csv").set_index("variant")
     assert list(table.index) == [*TINY["variants"], "dropped"]
     assert set(table["status"]) == {"ok"}
-    assert {path.name for path in (results / "runs").iterdir()} == {"cnn", "dropped"}
+    logs = house.root / "logs" / "tiny_dropped"
+    assert [path.name for path in (logs / "train").glob("*.log")] == ["dropped.seed0.log"]
+    assert [path.name for path in (logs / "measure").glob("*.log")] == ["dropped.seed0.log"]
     (house.root / "mine.py").write_text((house.root / "mine.py").read_text().replace("0.1", "0.2"))
     again = subprocess.run(
         [*command, "--name", "dropped", "--dry-run"],
