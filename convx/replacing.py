@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 log = logging.getLogger("convx")
@@ -97,6 +98,15 @@ def replace(
         log.info("%s: %s: %s -> %s", verb, name, records[-1].before, records[-1].after)
     new.surgery_log = [*getattr(model, "surgery_log", []), *records]
     return new
+
+
+def start_anew(module: nn.Module, seed: int, reset: Callable[[nn.Module], None]) -> None:
+    """Draw the parameters of a module again, on the CPU and from a seed of their own, wherever the module stands."""
+    anew = copy.deepcopy(module).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reset(anew)
+    module.load_state_dict(anew.state_dict())
 
 
 def _describe(module: nn.Module) -> str:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from convx import VERBS
+from convx.arguments import LIMITS
 
 PACKAGE = Path(__file__).resolve().parent
 CORE = {
@@ -191,17 +192,13 @@ def source_digest(verb: str, recipe: dict | None = None) -> str:
 
 @lru_cache
 def surgery_signatures() -> tuple[dict[str, dict[str, list | None]], dict[str, tuple]]:
-    """Return {verb: {argument: its ``Literal`` choices or None}} and the bounds in ``LIMITS``, from surgery.py's text."""
-    verbs, limits = {}, {}
+    """Return {verb: {argument: its ``Literal`` choices or None}}, from surgery.py's text, and the bounds in ``LIMITS``."""
+    verbs = {}
     for node in _tree("surgery.py").body:
         if isinstance(node, ast.FunctionDef) and node.name in VERBS:
             arguments = [*node.args.args[1:], *node.args.kwonlyargs]
             verbs[node.name] = {a.arg: _choices(a.annotation) for a in arguments}
-        elif isinstance(node, ast.AnnAssign | ast.Assign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if getattr(target, "id", "") == "LIMITS":
-                limits = ast.literal_eval(node.value)
-    return verbs, limits
+    return verbs, LIMITS
 
 
 def _choices(annotation: ast.expr | None) -> list | None:

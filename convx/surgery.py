@@ -15,42 +15,9 @@ import torch
 from torch import nn
 
 from convx import VERBS
-from convx.replacing import find, is_spatial_conv, replace, stage_names
+from convx.arguments import check_choices, check_limits
+from convx.replacing import find, is_spatial_conv, replace, stage_names, start_anew
 from convx.seeds import derive, generator
-
-# Bounds (low, high; None is open) of the verbs' numeric arguments by name. Read as a literal when a study is checked, so that a
-# value out of range is an error before any job starts; ``check_limits`` applies the same bounds to a direct call.
-LIMITS: dict[str, tuple[float | None, float | None]] = {
-    "expansion": (1, 4096),
-    "locality": (0.001, 1000.0),
-    "key_dim": (1, 4096),
-    "gate_init": (-50.0, 50.0),
-    "gate_lr_factor": (0.0, None),
-    "position_lr_factor": (0.0, None),
-    "kernel_count": (1, 65536),
-    "dilated_kernel_size": (1, 1023),
-    "position_std": (0.0, None),
-    "repulsion_start": (0.0, 1.0),
-}
-
-
-def check_limits(**values) -> None:
-    """Raise ``ValueError`` that names the first argument outside its bounds in ``LIMITS``; None passes."""
-    for name, value in values.items():
-        low, high = LIMITS[name]
-        numbers = value if isinstance(value, tuple | list) else [value]
-        for number in numbers:
-            if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
-                bounds = f"{'' if low is None else f'{low} <= '}{name}{'' if high is None else f' <= {high}'}"
-                raise ValueError(f"{name}={value!r} is out of range: {bounds}")
-
-
-def check_choices(**values) -> None:
-    """Raise ``ValueError`` that names the first argument, given as ``name=(value, choices)``, that is none of its choices."""
-    for name, (value, choices) in values.items():
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is not valid; choose one of {', '.join(choices)}")
-
 
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy in which every foldable operator is the ``nn.Conv2d`` it stands for; outputs do not change.
@@ -251,11 +218,7 @@ def linear_combinations(
     new = replace(model, layers, is_spatial_conv, make, "linear_combinations", "convolution with a kernel above 1x1")
     for name, module in new.named_modules() if fresh else ():
         if not isinstance(module, LinearCombinationConv2d) and hasattr(module, "reset_parameters"):
-            anew = copy.deepcopy(module).cpu()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive(seed, "start anew", name))
-                anew.reset_parameters()
-            module.load_state_dict(anew.state_dict())
+            start_anew(module, derive(seed, "start anew", name), type(module).reset_parameters)
     return new
 
 
@@ -359,14 +322,11 @@ def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int =
     for name, module in new.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
-        anew = copy.deepcopy(module).cpu()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "start anew", name))
-            if accepts(module):
-                anew.reset_weights(module.weight_std)
-            elif hasattr(module, "reset_parameters"):
-                anew.reset_parameters()
-            else:
-                raise ValueError(f"{name} ({type(module).__name__}) cannot start anew: it has no reset_parameters")
-        module.load_state_dict(anew.state_dict())
+        if accepts(module):
+            reset = lambda layer: layer.reset_weights(layer.weight_std)  # noqa: E731
+        elif hasattr(module, "reset_parameters"):
+            reset = type(module).reset_parameters
+        else:
+            raise ValueError(f"{name} ({type(module).__name__}) cannot start anew: it has no reset_parameters")
+        start_anew(module, derive(seed, "start anew", name), reset)
     return new

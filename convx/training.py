@@ -239,9 +239,9 @@ class Trainer:
             if extra is not None:
                 loss = loss + extra
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.objective.backward(loss)
         if self.training["clip_grad"]:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.training["clip_grad"])
+            self.objective.clip_gradients(self.training["clip_grad"])
         self.optimizer.step()
         with torch.no_grad():
             for hook in self.after_step:
@@ -266,13 +266,21 @@ class Trainer:
         if images and not torch.isfinite(torch.tensor(row["train_loss"])):
             raise Failure(f"the training loss is not finite in epoch {self.epoch}")
         if len(self.validation[0]):
-            row["validation_top1"], row["validation_loss"] = validate(self.exported(), self.data, *self.validation)
+            row |= self._validation()
         for name, module in self.objective.named_modules():
             for key, value in (module.diagnostics() if hasattr(module, "diagnostics") else {}).items():
                 row[f"{name.removeprefix('model.')}.{key}" if name else key] = value
         row["seconds"] = round(self.seconds, 3)
         self.history.append(row)
+        self.objective.check(row)
         self.sums = {}
+
+    def _validation(self) -> dict:
+        own = self.objective.validation(self.exported(), self.data, *self.validation)
+        if own is not None:
+            return own
+        top1, loss = validate(self.exported(), self.data, *self.validation)
+        return {"validation_top1": top1, "validation_loss": loss}
 
     def fit(self, progress: Progress) -> None:
         """Train to the end, from the progress that is there.

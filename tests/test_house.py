@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "convx"
 STOREYS = {
     0: [
         "seeds",
+        "arguments",
         "source",
         "manifest",
         "devices",

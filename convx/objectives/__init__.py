@@ -25,6 +25,24 @@ class Objective(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step (e.g. an EMA teacher)."""
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Write the gradients of ``loss``, what ``forward`` returned plus the auxiliary losses of modules."""
+        loss.backward()
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Clip the gradients where the recipe has ``clip_grad``: by their global norm."""
+        nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    def validation(self, model: nn.Module, data, images: torch.Tensor, labels: torch.Tensor) -> dict | None:
+        """Return the columns that the history gets from the validation split, or None for accuracy and cross-entropy.
+
+        ``model`` is the one that would be saved, ``data`` the run's ``convx.runs.RunData``, ``images`` uint8 [N, C, H, W].
+        """
+        return None
+
+    def check(self, row: dict) -> None:
+        """Raise ``convx.manifest.Failure`` when a row of the history shows that the run is lost (e.g. collapsed)."""
+
     def forward(self, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, progress: float):
         raise NotImplementedError
 
