@@ -11,13 +11,13 @@ import copy
 import inspect
 from typing import Literal
 
-import torch
 from torch import nn
 
 from convx import VERBS
 from convx.arguments import check_choices, check_limits
 from convx.replacing import find, is_spatial_conv, replace, stage_names, start_anew
 from convx.seeds import derive, generator
+
 
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy in which every foldable operator is the ``nn.Conv2d`` it stands for; outputs do not change.
