@@ -9,6 +9,7 @@ Environment: ``CONVX_GPUS`` (devices to use, e.g. "0,1"), else ``CUDA_VISIBLE_DE
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import subprocess
@@ -18,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 POLL_SECONDS = 0.2
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 @lru_cache
@@ -93,6 +95,18 @@ def _take_slot(gpus: list[str], slots: int):
                 if (file := _lock(gpu, slot, block=False)) is not None:
                     return gpu, [file]
         time.sleep(POLL_SECONDS)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a training step frees for the next step; without glibc nothing happens.
+
+    Activations are tens of MB each: given back to the system and fetched again at every step, page by page, they cost
+    5 to 10 % of a training step on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
 
 
 @contextlib.contextmanager

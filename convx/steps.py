@@ -57,6 +57,7 @@ def train(
         from convx.runs import save_failed, save_weights
         from convx.training import Progress, Trainer, write_history
 
+        devices.keep_freed_memory()
         start_weights = _start_weights(recipe, start)
         data_digest = _data_digest(data)
         checkpoints.mkdir(parents=True, exist_ok=True)

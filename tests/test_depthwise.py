@@ -97,7 +97,8 @@ def test_the_rule():
         return method_for(x, torch.empty(outputs or channels, 1, kernel, kernel, dtype=dtype), stride)
 
     assert [rule(8, k) for k in (3, 7, 9, 17)] == ["native", "native", "toeplitz", "toeplitz"]
-    assert [rule(8, k, last=True) for k in (7, 11, 13)] == ["native", "native", "toeplitz"]
+    assert [rule(8, k, last=True) for k in (7, 9, 17)] == ["native", "toeplitz", "toeplitz"]
+    assert [rule(16, k, last=True) for k in (13, 15)] == ["native", "fft"]
     assert [rule(side, 17) for side in (12, 13, 32)] == ["toeplitz", "fft", "fft"]
     assert rule(8, 17, stride=(2, 2)) == rule(8, 17, outputs=8) == rule(8, 17, dtype=torch.bfloat16) == "native"
     assert method_for(torch.empty(1, 2, 8, 8, device="meta"), torch.empty(2, 1, 17, 17, device="meta")) == "native"

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -137,3 +139,22 @@ def test_wrong_slots_are_named(monkeypatch, text):
     monkeypatch.setenv("CONVX_GPU_SLOTS", text)
     with pytest.raises(ValueError, match="CONVX_GPU_SLOTS"):
         devices.slots_per_gpu()
+
+
+def test_freed_memory_is_kept_by_the_process():
+    """In a process of its own: after the call, blocks of many MB come from the heap and stay when they are freed."""
+    code = """if True:
+        import os, sys
+        from convx import devices
+        def resident():
+            return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+        if sys.argv[1] == 'kept':
+            devices.keep_freed_memory()
+        before = resident()
+        block = bytearray(200 * 2**20)
+        del block
+        print(resident() - before)
+    """
+    run = lambda how: float(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True).stdout)  # noqa: E731
+    assert run("plain") < 20
+    assert run("kept") > 150

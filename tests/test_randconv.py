@@ -128,7 +128,11 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-def test_five_optimiser_steps_in_both_modes(dtype, tolerance):
+def test_five_optimiser_steps_in_both_modes(dtype, tolerance, monkeypatch):
+    if dtype == torch.float32:
+        # A ReLU whose input is within float32's rounding of zero switches on some processors in one mode only, and the
+        # trajectories part by 1e-4 in a step; a smooth activation tests the two modes and not the kink.
+        monkeypatch.setattr(F, "relu", F.silu)
     x, labels = batch()
     torch.manual_seed(0)
     host = create_model("resnet8_8", 10)

@@ -9,8 +9,8 @@ fft       Correlation theorem on the smallest 2-3-5-smooth grid of at least H + 
           round only meet zeros). The error is that of a float32 FFT, some 1e-7 of the output's scale.
 
 On a CPU the native backward pass of large depthwise kernels is slow by an order of magnitude or more. The
-rule (``method_for``) was measured on one AVX2 core, forward and backward, in both memory formats. Imports
-torch.
+rule (``method_for``) was measured on one AVX2 and on one AVX512 core, forward and backward, in both memory
+formats. Imports torch.
 """
 
 import torch
@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 MIN_AREA = 81  # smaller kernels stay native ...
-MIN_AREA_CHANNELS_LAST = (
-    169  # ... and up to here those on channels-last tensors, where the native way is several times faster
-)
+MIN_AREA_FFT_CHANNELS_LAST = 225  # ... and on larger channels-last maps, where the native way is faster, up to here
 TOEPLITZ_PIXELS = 144  # input pixels up to which the matrix of a channel is the fastest way
 
 
@@ -33,16 +31,17 @@ def method_for(x_NCHW: torch.Tensor, kernel_C1hw: torch.Tensor, stride: tuple[in
     """Return "native", "toeplitz" or "fft" for a depthwise convolution.
 
     native: not on a CPU, a stride above 1, below float32, several outputs a channel, or a kernel area below
-    ``MIN_AREA`` (``MIN_AREA_CHANNELS_LAST`` in that memory format). toeplitz: at most ``TOEPLITZ_PIXELS``
-    input pixels. fft: larger maps.
+    ``MIN_AREA`` (``MIN_AREA_FFT_CHANNELS_LAST`` where FFT would be taken in that memory format). toeplitz: at
+    most ``TOEPLITZ_PIXELS`` input pixels. fft: larger maps.
     """
     low = x_NCHW.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     several = kernel_C1hw.shape[0] != x_NCHW.shape[1]
-    least = MIN_AREA_CHANNELS_LAST if _channels_last(x_NCHW) else MIN_AREA
+    way = "toeplitz" if x_NCHW.shape[-2] * x_NCHW.shape[-1] <= TOEPLITZ_PIXELS else "fft"
+    least = MIN_AREA_FFT_CHANNELS_LAST if way == "fft" and _channels_last(x_NCHW) else MIN_AREA
     small = kernel_C1hw.shape[-2] * kernel_C1hw.shape[-1] < least
     if x_NCHW.device.type != "cpu" or tuple(stride) != (1, 1) or low or several or small:
         return "native"
-    return "toeplitz" if x_NCHW.shape[-2] * x_NCHW.shape[-1] <= TOEPLITZ_PIXELS else "fft"
+    return way
 
 
 def depthwise_conv2d(
@@ -86,10 +85,13 @@ def _channels_last(x_NCHW: torch.Tensor) -> bool:
     return x_NCHW.is_contiguous(memory_format=torch.channels_last) and not x_NCHW.is_contiguous()
 
 
-def _like(y_NCHW: torch.Tensor, x_NCHW: torch.Tensor) -> torch.Tensor:
-    """Return ``y`` in the memory format of ``x``."""
-    last = _channels_last(x_NCHW)
-    return y_NCHW.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def _like(y_NCHW: torch.Tensor, last: bool) -> torch.Tensor:
+    """Return ``y`` in channels-last memory format, or contiguous."""
+    if not last:
+        return y_NCHW.contiguous()
+    # The transposing copy of a matrix is several times faster than ``contiguous(memory_format=torch.channels_last)``.
+    y_NPC = y_NCHW.flatten(2).transpose(1, 2).contiguous()
+    return y_NPC.transpose(1, 2).unflatten(2, y_NCHW.shape[2:])
 
 
 class _Toeplitz(torch.autograd.Function):
@@ -106,12 +108,13 @@ class _Toeplitz(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NCHW, kernel_Chw, offsets, outs):
+        ctx.last, x_NCHW = _channels_last(x_NCHW), x_NCHW.contiguous()  # a batched product of strided planes crawls
         ctx.save_for_backward(x_NCHW, kernel_Chw)
         ctx.offsets, ctx.outs = offsets, outs
         N, C, H, W = x_NCHW.shape
         x_CNP = x_NCHW.reshape(N, C, H * W).transpose(0, 1)
         y_CNQ = torch.bmm(x_CNP, _Toeplitz._matrix(kernel_Chw, (H, W), offsets, outs))
-        return _like(y_CNQ.transpose(0, 1).reshape(N, C, *outs), x_NCHW)
+        return _like(y_CNQ.transpose(0, 1).reshape(N, C, *outs), ctx.last)
 
     @staticmethod
     @once_differentiable
@@ -124,7 +127,7 @@ class _Toeplitz(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             matrix = _Toeplitz._matrix(kernel_Chw, (H, W), ctx.offsets, ctx.outs)  # rebuilt: cheaper than to keep
             grad_x = torch.bmm(g_CNQ, matrix.transpose(1, 2)).transpose(0, 1).reshape(N, C, H, W)
-            grad_x = _like(grad_x, x_NCHW)
+            grad_x = _like(grad_x, ctx.last)
         if ctx.needs_input_grad[1]:
             x_CPN = x_NCHW.reshape(N, C, H * W).permute(1, 2, 0)
             turned_CNQ = g_NCHW.flip(2, 3).reshape(N, C, Ho * Wo).transpose(0, 1)  # so that lags grow with u + i
@@ -163,23 +166,24 @@ class _Fft(torch.autograd.Function):
             _smooth(max(n + p, out, out + k - 1 - p))
             for n, k, p, out in zip(x_NCHW.shape[2:], kernel_Chw.shape[1:], offsets, outs)
         ]
-        fx = torch.fft.rfft2(x_NCHW, s=grid)
+        ctx.last = _channels_last(x_NCHW)
+        fx = torch.fft.rfft2(x_NCHW.contiguous(), s=grid)
         at_lags = F.pad(kernel_Chw, (0, grid[1] - kernel_Chw.shape[2], 0, grid[0] - kernel_Chw.shape[1]))
         fk = torch.fft.rfft2(at_lags.roll((-offsets[0], -offsets[1]), (1, 2)))
         ctx.save_for_backward(x_NCHW, fx if ctx.needs_input_grad[1] else None, fk)
         ctx.kernel_shape, ctx.offsets, ctx.grid = kernel_Chw.shape, offsets, grid
         y = torch.fft.irfft2(fx * fk.conj(), s=grid)
-        return _like(y[..., : outs[0], : outs[1]], x_NCHW)
+        return _like(y[..., : outs[0], : outs[1]], ctx.last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_NCHW):
         x_NCHW, fx, fk = ctx.saved_tensors
-        fg = torch.fft.rfft2(g_NCHW, s=ctx.grid)
+        fg = torch.fft.rfft2(g_NCHW.contiguous(), s=ctx.grid)
         grad_x = grad_kernel = None
         if ctx.needs_input_grad[0]:
             back = torch.fft.irfft2(fg * fk, s=ctx.grid)
-            grad_x = _like(back[..., : x_NCHW.shape[2], : x_NCHW.shape[3]], x_NCHW)
+            grad_x = _like(back[..., : x_NCHW.shape[2], : x_NCHW.shape[3]], ctx.last)
         if ctx.needs_input_grad[1]:
             lags = torch.fft.irfft2((fg.conj() * fx).sum(0), s=ctx.grid)
             _, h, w = ctx.kernel_shape

@@ -40,8 +40,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
-        return F.relu(self.bn2(self.conv2(y_BCHW)) + self.shortcut(x_BCHW))
+        y_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y_BCHW)).add_(self.shortcut(x_BCHW)), inplace=True)
 
 
 class ResNetCIFAR(nn.Module):
@@ -84,7 +84,7 @@ class ResNetCIFAR(nn.Module):
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Return the last feature map [N, 4W, ceil(H / 4), ceil(W / 4)]."""
-        x_BCHW = F.relu(self.bn(self.stem(x_BCHW)))
+        x_BCHW = F.relu(self.bn(self.stem(x_BCHW)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x_BCHW)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
