@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convx import __version__
 
-USER_VERBS = ("list", "explain", "check", "retry", "pack", "unpack", "data", "bench", "compare")
+USER_VERBS = ("list", "explain", "check", "queue", "retry", "pack", "unpack", "results", "data", "bench", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +70,22 @@ def _add_tools(add) -> None:
     sub.add_argument("--threads", type=int, help="CPU threads of both sides (default: the recipe's)")
     sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
     sub.add_argument("--out", metavar="FILE", help="write the table (Markdown) here as well")
+
+    sub = add(
+        "queue",
+        "what is missing of a study, what it costs here and which claims it decides, most decisive first",
+        _queue,
+    )
+    sub.add_argument("study", nargs="+", metavar="FILE", help="study files")
+    sub.add_argument("--no-timing", action="store_true", help="time nothing: costs only where they are known already")
+    sub.add_argument(
+        "--steps", type=int, default=30, help="training steps to time for each network (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="everything as JSON, with the claims that cannot be decided and why"
+    )
+    sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
+    sub.add_argument("--paces", default="resources/paces", metavar="FOLDER", help="kept timings (default: %(default)s)")
 
     sub = add("retry", "forget failed runs, so that the next snakemake makes them again", _retry)
     _folder(sub)
@@ -180,6 +196,16 @@ def _bench(a) -> None:
     if a.out:
         Path(a.out).write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+def _queue(a) -> None:
+    from convx import queue
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = queue.queue(a.study, not a.no_timing, a.steps, a.data, a.paces, progress)
+    print(json.dumps(found, indent=1) if a.json else "\n".join(map(queue.text, found)), end="\n" if a.json else "")
 
 
 def _retry(a) -> None:

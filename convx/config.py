@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
+from convx.scale import mark, scaled_epoch, shorten
 
 SCHEMA_VERSION = 1
 MIN_CORRUPTION_SIZE = 32
@@ -100,7 +101,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
     study = fill(source, schema("study"), schema("study"))
     study["variants"] = {name: entry or {} for name, entry in study["variants"].items()}
     _check_study(study, where)
-    return study
+    return mark(study)
 
 
 def _check_study(study: dict, where: str) -> None:
@@ -277,7 +278,9 @@ def start_epoch(study: dict, name: str) -> int | None:
     start, at_epoch = _start(study, name)
     if at_epoch is None or start is None:
         return None
-    return math.floor(at_epoch * _epochs(study, start) + 0.5) if 0 < at_epoch < 1 else int(at_epoch)
+    if 0 < at_epoch < 1:
+        return math.floor(at_epoch * _epochs(study, start) + 0.5)
+    return scaled_epoch(int(at_epoch), study.get("scale", 1))
 
 
 def _start(study: dict, name: str) -> tuple[str | None, float | None]:
@@ -287,10 +290,12 @@ def _start(study: dict, name: str) -> tuple[str | None, float | None]:
 
 
 def _numbers(study: dict, name: str) -> dict:
-    """Return the training numbers of a variant as they were written: defaults < recipe < declaration < override."""
+    """Return the training numbers of a variant: defaults < recipe < declaration < override, shortened by the ``scale``."""
     entry, own = study["variants"][name], declaration(study, name)
     recipe = study["recipes"].get(entry.get("recipe", own.get("recipe", "train")), {})
-    return recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {})
+    return shorten(
+        recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {}), study.get("scale", 1)
+    )
 
 
 def _epochs(study: dict, name: str) -> int:
@@ -358,6 +363,9 @@ def resolve(study: dict, name: str, seed: int) -> dict:
         "device": study["device"],
         "start": start and {"variant": start, "at_epoch": settings["at_epoch"], "recipe": resolve(study, start, seed)},
     }
+    recipe |= (
+        {"scale": study.get("scale", 1)} if study.get("scale", 1) != 1 else {}
+    )  # a key of shortened studies alone: it changes digests
     return recipe | {"digest": recipe_digest(recipe)}
 
 
@@ -368,3 +376,14 @@ def recipe_digest(recipe: dict) -> str:
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
     return digest(numeric)
+
+
+def made_by(study: dict, record: dict) -> bool:
+    """Return whether a metrics record of a run was made by the recipe that a study has for it.
+
+    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
+    """
+    run = record["run"]
+    if run["variant"] not in study["variants"] or run["seed"] not in seeds(study, run["variant"]):
+        return False
+    return resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"] == record["recipe_digest"]

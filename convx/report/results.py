@@ -18,13 +18,16 @@ LAST = ["method", "status", "reason"]
 
 @dataclass(frozen=True)
 class Results:
-    """One study's results folder."""
+    """One study's results folder; ``given`` is the checked study where it is at hand, else it is the frozen one there."""
 
     folder: Path
+    given: dict | None = None
 
     @cached_property
     def study(self) -> dict:
-        """Return the frozen study."""
+        """Return the study, the frozen one where none was given."""
+        if self.given is not None:
+            return self.given
         file = self.folder / "study.json"
         if not file.exists():
             raise config.ConfigError(f"{file}: missing; run the workflow, or unpack a bundle, first")
