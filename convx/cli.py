@@ -84,6 +84,9 @@ def _add_tools(add) -> None:
     sub.add_argument(
         "--json", action="store_true", help="everything as JSON, with the claims that cannot be decided and why"
     )
+    sub.add_argument(
+        "--out", metavar="FILE", help="keep the costs as JSON: results/queue.json is what `convx results` reads"
+    )
     sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
     sub.add_argument("--paces", default="resources/paces", metavar="FOLDER", help="kept timings (default: %(default)s)")
 
@@ -99,6 +102,11 @@ def _add_tools(add) -> None:
     sub = add("unpack", "unpack such an archive below results/, every file checked by its sha256", _unpack)
     sub.add_argument("bundle", metavar="FILE")
     sub.add_argument("--results", default="results", metavar="FOLDER", help="where to (default: %(default)s)")
+
+    sub = add(
+        "results", "write README's result section and docs/results.md from the studies committed in results/", _results
+    )
+    sub.add_argument("--check", action="store_true", help="write nothing; an error where they are not in step")
 
 
 def _folder(sub) -> None:
@@ -205,6 +213,10 @@ def _queue(a) -> None:
         print(line, file=sys.stderr, flush=True)
 
     found = queue.queue(a.study, not a.no_timing, a.steps, a.data, a.paces, progress)
+    if a.out:
+        from convx.manifest import write_json
+
+        write_json(a.out, queue.costs(found))
     print(json.dumps(found, indent=1) if a.json else "\n".join(map(queue.text, found)), end="\n" if a.json else "")
 
 
@@ -224,6 +236,12 @@ def _unpack(a) -> None:
     from convx import bundle
 
     print(bundle.unpack(a.bundle, a.results))
+
+
+def _results(a) -> None:
+    from convx.report import published
+
+    print("\n".join(published.write(check=a.check)))
 
 
 def _data(a) -> None:

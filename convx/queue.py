@@ -187,8 +187,29 @@ def _one(slots: Slots, timing: bool, steps: int, data_root: str, folder: str, pr
         "paces": {name: pace for name, pace in found.items() if pace},
         "warnings": seed_changes(slots),
         "groups": [group | {"slots": [asdict(slot) for slot in group["slots"]]} for group in groups],
+        "claims": _open(claims, missing),
         "undecidable": rest,
     }
+
+
+def costs(entries: list[dict]) -> dict:
+    """Return what `convx results` keeps of the answer: what each open claim still needs, and what that costs on this machine."""
+    machine = next((entry["machine"] for entry in entries if entry["machine"]), None)
+    studies = {
+        entry["study"]: {key: entry[key] for key in ("file", "core_hours_left", "slots", "claims")} for entry in entries
+    }
+    return {"machine": machine and machine["machine"], "studies": studies}
+
+
+def _open(claims: list[dict], missing: list[Slot]) -> dict[str, dict]:
+    """Return {claim: the number of slots that it still needs, and their core-hours or None}."""
+    left, found = {slot.target: slot for slot in missing}, {}
+    for claim in claims:
+        own = [left[target] for target in _closure(claim["targets"], left)]
+        known = all(slot.core_seconds is not None for slot in own)
+        hours = round(sum(slot.core_seconds for slot in own) / 3600, 3) if known else None
+        found[claim["id"]] = {"slots": len(own), "core_hours": hours}
+    return found
 
 
 def _facts(slots: Slots) -> dict:
