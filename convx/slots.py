@@ -32,6 +32,10 @@ class Slot:
     note: str = ""
 
 
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
 def slot_name(variant: str, seed: int) -> str:
     """Return the name of the target that makes one run."""
     return f"{variant}_seed{seed}"
@@ -96,7 +100,9 @@ class Slots:
         if (start := self.start(variant)) and state != "trained" and not self.weights(start, seed):
             slot.after = [slot_name(start, seed)]
             if self.run_slot(start, seed) is None:
-                slot.note = f"{start} seed {seed} is trained again: its weights are not on this machine"
+                slot.note = _joined(
+                    slot.note, f"{start} seed {seed} is trained again: its weights are not on this machine"
+                )
         return slot
 
     def start(self, variant: str) -> str | None:
@@ -117,7 +123,9 @@ class Slots:
             if not self.weights(name, first):
                 slot.after.append(slot_name(name, first))
                 if self.run_slot(name, first) is None:
-                    slot.note = f"{name} seed {first} is trained again: its weights are not on this machine"
+                    slot.note = _joined(
+                        slot.note, f"{name} seed {first} is trained again: its weights are not on this machine"
+                    )
         return slot
 
     # -------------------------------------------------------------------------------------------------------------- costs
@@ -172,7 +180,7 @@ class Slots:
         else:
             pace = paces.get(slot.variant)
             if pace is None or "reason" in pace or self.images() is None:
-                slot.note = "; ".join(filter(None, [slot.note, (pace or {}).get("reason", "")]))
+                slot.note = _joined(slot.note, (pace or {}).get("reason", ""))
                 return
             trained = slot.state == "trained"
             training = 0.0 if trained else self.training_seconds(self.plan.recipe(slot.variant, slot.seed), pace)

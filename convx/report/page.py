@@ -274,5 +274,6 @@ def _provenance(results: Results) -> str:
     pooled = "".join(f"<li>{_text(line)}</li>" for line in origins.notes(results))
     made = f"<p>Made on:</p><ul>{places}</ul>" if places else "<p>No run is in yet.</p>"
     pooled = f"<p>Pooled:</p><ul>{pooled}</ul>" if pooled else ""
-    files = f"Each run's file, recipe, code version and command: <code>results/{_text(results.study['study'])}/manifest.json</code>."
+    where = f"results/{_text(results.study['study'])}/manifest.json"
+    files = f"Each run's file, recipe, code version and command: <code>{where}</code>."
     return f"<footer>{made}{pooled}<p>{hours:.2f} machine-hours in all; study digest <code>{digest}</code>. {files}</p></footer>"
