@@ -148,6 +148,8 @@ def _check_recipe(recipe: dict, here: str, data: dict) -> None:
             raise ConfigError(
                 f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest"
             )
+    if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
+        raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
             f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}"
@@ -372,7 +374,9 @@ def resolve(study: dict, name: str, seed: int) -> dict:
 def recipe_digest(recipe: dict) -> str:
     """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
-    numeric["training"] = {k: v for k, v in recipe["training"].items() if k != "checkpoints"}
+    # A key that came later counts where it says something, so that the digests of older runs hold.
+    silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
+    numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
     return digest(numeric)

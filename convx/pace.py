@@ -16,23 +16,11 @@ from convx.source import source_digest
 
 STEPS, WARM_UP, SECONDS = 30, 2, 30.0  # timed steps, steps before them, ceiling in seconds for one recipe
 FORWARD_STEPS = 5
-NUMERIC = (
-    "lr",
-    "weight_decay",
-    "epochs",
-    "momentum",
-    "label_smoothing",
-    "min_lr",
-    "warmup_lr",
-    "warmup_epochs",
-    "schedule",
-)
-NUMERIC += (
-    "decay_epochs",
-    "decay_rate",
-    "decay_norm_and_bias",
-    "checkpoints",
-)  # of a recipe, without an effect on its pace
+# Keys of a recipe that have no effect on its pace.
+NUMERIC = """\
+lr momentum weight_decay decay_norm_and_bias label_smoothing epochs checkpoints schedule min_lr warmup_lr warmup_epochs
+decay_epochs decay_milestones decay_rate
+""".split()  # noqa: SIM905
 
 
 def _torch() -> str:

@@ -24,6 +24,7 @@ def shorten(numbers: dict, scale: float) -> dict:
         numbers
         | {"epochs": scaled_epoch(numbers["epochs"], scale)}
         | {key: round(numbers[key] * scale, 6) for key in LENGTHS}
+        | {"decay_milestones": [round(epoch * scale, 6) for epoch in numbers["decay_milestones"]]}
         | {"checkpoints": sorted({scaled_epoch(epoch, scale) for epoch in numbers["checkpoints"]})}
     )
 
