@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from convx import merge
 from convx.config import ConfigError, nearest
 from convx.manifest import atomic, read_json
 
@@ -61,7 +63,7 @@ def pack(folder: str | Path, out: str | Path | None = None, weights: bool = Fals
     folder = _study_folder(folder).resolve()
     if not re.fullmatch(NAME, folder.name):
         raise ConfigError(f"{folder}: the folder of a study is named like it, in small letters, digits and underscores")
-    wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "exact.json", "tables/*"]
+    wanted = ["metrics/**/*.json", "histories/**/*.csv", "study.json", "exact.json", "manifest.json", "tables/*"]
     if weights:
         wanted.append("runs/**/*.safetensors")
     found = {file for pattern in wanted for file in folder.glob(pattern) if file.is_file()}
@@ -95,10 +97,11 @@ def _sha256(file: Path) -> str:
 
 
 def unpack(bundle: str | Path, results: str | Path = "results") -> str:
-    """Unpack a bundle below ``results``: every file is checked against the list before the first one is
-    written.
+    """Add the runs of a bundle to ``results/<study>``: every file is checked against the list before the first one is written.
 
-    What is there already and differs is an error: a bundle never overwrites results.
+    A study that is there already grows: runs of the same recipes are added, those that are there with the same numbers are
+    kept. Other numbers or another recipe are an error that names the run (:mod:`convx.merge`); then nothing is written.
+    Returns one line for the user.
     """
     bundle, results = Path(bundle), Path(results)
     if not bundle.is_file():
@@ -106,22 +109,23 @@ def unpack(bundle: str | Path, results: str | Path = "results") -> str:
     try:
         study, expected = _list(bundle)
         _check(bundle, expected)
-        for name, value in expected.items():
-            target = results / name
-            if target.exists() and _sha256(target) != value:
-                raise ConfigError(
-                    f"{target}: is there already and is not the bundle's; move {results / study} away, or "
-                    f"unpack elsewhere "
-                    "(--results)"
-                )
-        with tarfile.open(bundle, "r:gz") as archive:
-            for member in archive:
-                if member.name in expected:
-                    with atomic(results / member.name) as temporary, open(temporary, "wb") as stream:
-                        shutil.copyfileobj(archive.extractfile(member), stream)
+        with tempfile.TemporaryDirectory(prefix="convx-unpack-") as folder:
+            incoming = Path(folder)
+            with tarfile.open(bundle, "r:gz") as archive:
+                for member in archive:
+                    if member.name in expected:
+                        (incoming / member.name).parent.mkdir(parents=True, exist_ok=True)
+                        with open(incoming / member.name, "wb") as stream:
+                            shutil.copyfileobj(archive.extractfile(member), stream)
+            names = [name.removeprefix(f"{study}/") for name in expected]
+            decided = merge.decide(incoming / study, results / study, names, str(bundle))
+            merge.write(decided, incoming / study, results / study)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{bundle}: not a readable bundle ({error}); ask for it again") from None
-    return f"{results / study}: {len(expected)} files, all checksums matched"
+    said = [f"{len(decided.added)} run{'' if len(decided.added) == 1 else 's'} added"]
+    if decided.kept:
+        said.append(f"{len(decided.kept)} there already with the same numbers and kept")
+    return f"{results / study}: {len(expected)} files, all checksums matched; {', '.join(said)}"
 
 
 def _list(bundle: Path) -> tuple[str, dict[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convx import __version__
 
-USER_VERBS = ("list", "explain", "check", "retry", "pack", "unpack", "data", "bench", "compare")
+USER_VERBS = ("list", "explain", "check", "queue", "retry", "pack", "unpack", "results", "data", "bench", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +71,25 @@ def _add_tools(add) -> None:
     sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
     sub.add_argument("--out", metavar="FILE", help="write the table (Markdown) here as well")
 
+    sub = add(
+        "queue",
+        "what is missing of a study, what it costs here and which claims it decides, most decisive first",
+        _queue,
+    )
+    sub.add_argument("study", nargs="+", metavar="FILE", help="study files")
+    sub.add_argument("--no-timing", action="store_true", help="time nothing: costs only where they are known already")
+    sub.add_argument(
+        "--steps", type=int, default=30, help="training steps to time for each network (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="everything as JSON, with the claims that cannot be decided and why"
+    )
+    sub.add_argument(
+        "--out", metavar="FILE", help="keep the costs as JSON: results/queue.json is what `convx results` reads"
+    )
+    sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
+    sub.add_argument("--paces", default="resources/paces", metavar="FOLDER", help="kept timings (default: %(default)s)")
+
     sub = add("retry", "forget failed runs, so that the next snakemake makes them again", _retry)
     _folder(sub)
     sub.add_argument("variant", nargs="?", help="one variant; all failed ones if left out")
@@ -83,6 +102,11 @@ def _add_tools(add) -> None:
     sub = add("unpack", "unpack such an archive below results/, every file checked by its sha256", _unpack)
     sub.add_argument("bundle", metavar="FILE")
     sub.add_argument("--results", default="results", metavar="FOLDER", help="where to (default: %(default)s)")
+
+    sub = add(
+        "results", "write README's result section and docs/results.md from the studies committed in results/", _results
+    )
+    sub.add_argument("--check", action="store_true", help="write nothing; an error where they are not in step")
 
 
 def _folder(sub) -> None:
@@ -182,6 +206,20 @@ def _bench(a) -> None:
     print(text, end="")
 
 
+def _queue(a) -> None:
+    from convx import queue
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = queue.queue(a.study, not a.no_timing, a.steps, a.data, a.paces, progress)
+    if a.out:
+        from convx.manifest import write_json
+
+        write_json(a.out, queue.costs(found))
+    print(json.dumps(found, indent=1) if a.json else "\n".join(map(queue.text, found)), end="\n" if a.json else "")
+
+
 def _retry(a) -> None:
     from convx import bundle
 
@@ -198,6 +236,12 @@ def _unpack(a) -> None:
     from convx import bundle
 
     print(bundle.unpack(a.bundle, a.results))
+
+
+def _results(a) -> None:
+    from convx.report import published
+
+    print("\n".join(published.write(check=a.check)))
 
 
 def _data(a) -> None:

@@ -56,8 +56,8 @@ def run(
     if not Path("Snakefile").exists():
         raise ConfigError("no Snakefile here; run `convx compare` in the folder of the convx checkout")
     study = derive_study(study_file, name, model, surgery, recipe)
-    source = Path("results") / study["study"].removesuffix(f"_{name}")
-    target = Path("results") / study["study"]
+    source = Path("results") / load_study(study_file)["study"]
+    target = Path("results") / load_study(study, "convx compare")["study"]
     for part in TAKEN:
         for file in source.glob(part):
             copy = target / file.relative_to(source)

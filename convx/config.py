@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
+from convx.scale import mark, scaled_epoch, shorten
 
 SCHEMA_VERSION = 1
 MIN_CORRUPTION_SIZE = 32
@@ -100,7 +101,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
     study = fill(source, schema("study"), schema("study"))
     study["variants"] = {name: entry or {} for name, entry in study["variants"].items()}
     _check_study(study, where)
-    return study
+    return mark(study)
 
 
 def _check_study(study: dict, where: str) -> None:
@@ -147,6 +148,8 @@ def _check_recipe(recipe: dict, here: str, data: dict) -> None:
             raise ConfigError(
                 f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest"
             )
+    if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
+        raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
             f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}"
@@ -277,7 +280,9 @@ def start_epoch(study: dict, name: str) -> int | None:
     start, at_epoch = _start(study, name)
     if at_epoch is None or start is None:
         return None
-    return math.floor(at_epoch * _epochs(study, start) + 0.5) if 0 < at_epoch < 1 else int(at_epoch)
+    if 0 < at_epoch < 1:
+        return math.floor(at_epoch * _epochs(study, start) + 0.5)
+    return scaled_epoch(int(at_epoch), study.get("scale", 1))
 
 
 def _start(study: dict, name: str) -> tuple[str | None, float | None]:
@@ -287,10 +292,12 @@ def _start(study: dict, name: str) -> tuple[str | None, float | None]:
 
 
 def _numbers(study: dict, name: str) -> dict:
-    """Return the training numbers of a variant as they were written: defaults < recipe < declaration < override."""
+    """Return the training numbers of a variant: defaults < recipe < declaration < override, shortened by the ``scale``."""
     entry, own = study["variants"][name], declaration(study, name)
     recipe = study["recipes"].get(entry.get("recipe", own.get("recipe", "train")), {})
-    return recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {})
+    return shorten(
+        recipe_defaults() | recipe | own.get("training", {}) | entry.get("training", {}), study.get("scale", 1)
+    )
 
 
 def _epochs(study: dict, name: str) -> int:
@@ -358,13 +365,29 @@ def resolve(study: dict, name: str, seed: int) -> dict:
         "device": study["device"],
         "start": start and {"variant": start, "at_epoch": settings["at_epoch"], "recipe": resolve(study, start, seed)},
     }
+    recipe |= (
+        {"scale": study.get("scale", 1)} if study.get("scale", 1) != 1 else {}
+    )  # a key of shortened studies alone: it changes digests
     return recipe | {"digest": recipe_digest(recipe)}
 
 
 def recipe_digest(recipe: dict) -> str:
     """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
-    numeric["training"] = {k: v for k, v in recipe["training"].items() if k != "checkpoints"}
+    # A key that came later counts where it says something, so that the digests of older runs hold.
+    silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
+    numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
     return digest(numeric)
+
+
+def made_by(study: dict, record: dict) -> bool:
+    """Return whether a metrics record of a run was made by the recipe that a study has for it.
+
+    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
+    """
+    run = record["run"]
+    if run["variant"] not in study["variants"] or run["seed"] not in seeds(study, run["variant"]):
+        return False
+    return resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"] == record["recipe_digest"]

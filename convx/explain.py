@@ -6,6 +6,7 @@ from pathlib import Path
 from convx import config
 from convx.checks import deref
 from convx.config import ConfigError, nearest
+from convx.scale import LENGTHS
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -167,6 +168,8 @@ def explain(study_file: str | Path, name: str) -> str:
             origin = chosen(f"recipes.{recipe_name}.{key}")
         else:
             origin = "own choice: convx's default"
+        if key in ("epochs", *LENGTHS) and value and study["scale"] != 1:
+            origin += f"; times the study's scale {study['scale']:g}"
         row(f"training.{key}", value, origin)
     row(
         "seeds",

@@ -164,11 +164,20 @@ class Plan:
     @cached_property
     def metrics(self) -> list[str]:
         """Every metrics file that the study promises."""
-        root = f"results/{self.name}/metrics"
-        files = [f"{root}/{v}/seed{s}/{what}.json" for v, s in self.runs for what in METRICS]
-        if self.measures_cost:
-            files += [f"{root}/{v}/seed{config.seeds(self.study, v)[0]}/cost.json" for v in self.study["variants"]]
-        return [*files, f"results/{self.name}/exact.json"]
+        files = [file for run in self.runs for file in self.run_files(*run)]
+        return [*files, *self.cost_files.values(), f"results/{self.name}/exact.json"]
+
+    def run_files(self, variant: str, seed: int) -> list[str]:
+        """Return the metrics files of one run."""
+        return [f"results/{self.name}/metrics/{variant}/seed{seed}/{what}.json" for what in METRICS]
+
+    @cached_property
+    def cost_files(self) -> dict[str, str]:
+        """Return {variant: metrics file of its cost}, of the first seed; empty where the study measures none."""
+        if not self.measures_cost:
+            return {}
+        first = {variant: config.seeds(self.study, variant)[0] for variant in self.study["variants"]}
+        return {v: f"results/{self.name}/metrics/{v}/seed{seed}/cost.json" for v, seed in first.items()}
 
     def table_inputs(self, workflow):
         """Return the input function of the tables.

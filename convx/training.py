@@ -78,13 +78,15 @@ def make_scheduler(optimizer, training: dict, steps: int):
     """Build the schedule through timm's factory, counted in updates."""
     from timm.scheduler import create_scheduler_v2
 
-    constant = training["schedule"] == "constant"
+    milestones = training["decay_milestones"]
+    if training["schedule"] == "constant":
+        milestones = [training["epochs"] + 1]
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched="multistep" if constant else training["schedule"],
+        sched="multistep" if milestones else training["schedule"],
         num_epochs=max(1, training["epochs"]),
         decay_epochs=training["decay_epochs"],
-        decay_milestones=(training["epochs"] + 1,) if constant else (),
+        decay_milestones=milestones,
         decay_rate=training["decay_rate"],
         min_lr=training["min_lr"],
         warmup_lr=training["warmup_lr"],

@@ -42,8 +42,10 @@ def test_round_trip_without_weights(folder, packed, tmp_path):
     here, there = _content(folder), _content(tmp_path / "results" / "made_up")
     assert there == {name: data for name, data in here.items() if not name.startswith("runs/")}
     assert {"study.json", "tables/runs.csv", "metrics/cnn/seed0/cost.json", "histories/cnn/seed2.csv"} <= set(there)
-    assert f"{len(there)} files, all checksums matched" in text
-    assert bundle.unpack(packed, tmp_path / "results") == text  # again: nothing differs, nothing is lost
+    assert f"{len(there)} files, all checksums matched; 6 runs added" in text
+    again = bundle.unpack(packed, tmp_path / "results")  # nothing differs, nothing is lost
+    assert again.endswith("; 0 runs added, 6 there already with the same numbers and kept")
+    assert _content(tmp_path / "results" / "made_up") == there
 
 
 def test_weights_travel_when_asked(folder, tmp_path):
@@ -79,9 +81,7 @@ def test_results_of_ones_own_are_never_overwritten(packed, tmp_path):
     own = tmp_path / "results" / "made_up" / "study.json"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    with pytest.raises(
-        ConfigError, match=r"study\.json: is there already and is not the bundle's; move .*made_up away"
-    ):
+    with pytest.raises(ConfigError, match=r"study\.json: not a frozen study; move .*made_up away"):
         bundle.unpack(packed, tmp_path / "results")
     assert _content(tmp_path / "results") == {"made_up/study.json": b"mine"}
 

@@ -190,8 +190,8 @@ def test_a_precondition_that_is_not_met_makes_claims_not_comparable(study):
     )
     gain = one["dcls.top1_gain"]
     assert gain["verdict"] == "not comparable"
-    assert gain["reason"] == "dcls_bilinear, 1 of 5 seeds: made up reason 3 (seed 3)"
-    assert gain["ours_mean"] == pytest.approx(91, abs=0.2) and gain["ours_n"] == 5 and np.isnan(gain["delta"])
+    assert gain["reason"] == "dcls_bilinear, 1 of 8 seeds: made up reason 3 (seed 3)"
+    assert gain["ours_mean"] == pytest.approx(91, abs=0.2) and gain["ours_n"] == 8 and np.isnan(gain["delta"])
     over = one["dcls.gauss_over_bilinear"]  # the one that did not spread is the reference here
     assert over["verdict"] == "not comparable" and over["reference_mean"] == pytest.approx(91, abs=0.2)
     assert one["dcls.gauss_over_dense"]["verdict"] == "supported"  # of other variants
@@ -204,7 +204,7 @@ def test_any_paper_may_state_a_precondition(study):
     rows += [("dense7", seed, row("precondition", None, "1", method="", name="something")) for seed in study["seeds"]]
     found = verdicts(study, rows)["dcls.top1_gain"]
     assert found["verdict"] == "not comparable"
-    assert found["reason"] == "dense7, 5 of 5 seeds: the precondition something is not met (seed 0)"
+    assert found["reason"] == "dense7, 8 of 8 seeds: the precondition something is not met (seed 0)"
 
 
 # ------------------------------------------------------------------------------------------------------- the study
@@ -215,7 +215,9 @@ def test_the_study_has_every_arm_and_states_its_power(study):
     controls = {"dcls_frozen_positions", "dcls_uniform_frozen", "dcls_final_positions_frozen"}
     ablations = {"dcls_lr_factor_1", "dcls_unshared", "dcls_no_repulsion", "dcls_uniform", "dcls_wide_start"}
     assert (
-        arms | controls | ablations <= set(study["variants"]) and study["seeds"] == [0, 1, 2, 3, 4] and study["reduced"]
+        arms | controls | ablations <= set(study["variants"])
+        and study["seeds"] == [0, 1, 2, 3, 4, 5, 6, 7]
+        and study["reduced"]
     )
     assert all(config.seeds(study, name) == study["seeds"] for name in study["variants"])
     header = STUDY.read_text().split("study:")[0].replace("\n# ", " ")
@@ -224,7 +226,7 @@ def test_the_study_has_every_arm_and_states_its_power(study):
         effect = minimum_detectable_effect(sd, len(study["seeds"]), margin=gain["margin"])
         assert re.search(rf"{effect:.2f}\b[^,;]*\bat [^,;]*\b{sd}\b", header), (sd, effect)
     updates = study["recipes"]["train"]["epochs"] * -(-50_000 // study["recipes"]["train"]["batch_size"])
-    assert f"{updates:,} updates" in header and f"{len(study['variants']) * 5} runs" in header
+    assert f"{updates:,} updates" in header and f"{len(study['variants']) * 8} runs" in header
 
 
 def cifar10_mirror(target: Path) -> list[str]:

@@ -23,10 +23,11 @@ STOREYS = {
         "intervals",
         "resampling",
         "config",
+        "scale",
         "checks",
         "layers",
     ],
-    1: ["models", "plan", "bundle"],
+    1: ["models", "plan", "bundle", "merge"],
     2: ["surgery", "replacing"],
     3: ["objectives", "data"],
     4: ["runs", "training"],
@@ -34,7 +35,7 @@ STOREYS = {
     6: ["papers"],
     7: ["claims", "ledger", "evidence", "verdicts"],
     8: ["report"],
-    9: ["cli", "__main__", "steps", "explain", "bench", "compare"],
+    9: ["cli", "__main__", "steps", "explain", "bench", "compare", "pace", "slots", "queue"],
 }
 RANK = {name: rank for rank, names in STOREYS.items() for name in names}
 # Tables of facts without code, which the check of a study reads: names of models, data sets and corruptions.

@@ -140,7 +140,10 @@ def package(tmp_path, monkeypatch):
 
 
 def test_an_evaluator_of_a_paper_counts_for_the_evaluation_of_its_variants_alone(package):
-    study = config.load_study(CONFIG / "cifar10.yaml")
+    content = config.read_yaml(CONFIG / "cifar10.yaml")
+    content["recipes"]["finetune"] = {}
+    content["variants"] |= {"tcnn_two_stages": None}
+    study = config.load_study(content)
     recipes = {name: config.resolve(study, name, 0) for name in ("cnn", "lc_frozen_x8", "tcnn_two_stages")}
 
     def digests(verb):
@@ -211,12 +214,12 @@ def test_the_recipe_of_the_paper_to_the_letter(name):
     paper = {
         "epochs": 75, "batch_size": 256, "drop_last": False, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9,
         "weight_decay": 0.01, "decay_norm_and_bias": True, "schedule": "cosine", "warmup_epochs": 0, "min_lr": 0,
-        "label_smoothing": 0.1, "precision": "fp32", "ema": None, "clip_grad": None, "mixup": 0, "cutmix": 0,
+        "label_smoothing": 0.1, "ema": None, "clip_grad": None, "mixup": 0, "cutmix": 0,
         "randaugment": None, **augmented,
     }  # fmt: skip
     for variant in TABLE1:
         training = config.training_settings(study, variant)
-        assert {key: training[key] for key in paper} == paper
+        assert {key: training[key] for key in paper} == paper and training["precision"] == "bf16"
         assert config.variant_settings(study, variant)["model"] == {"name": "resnet20_16", "settings": {}}
     from convx.data.sets import SETS
 

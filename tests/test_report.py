@@ -152,7 +152,7 @@ def test_csv_files_hold_every_row(folder):
     assert len(runs) == sum(len(record["rows"]) for record in Results(folder).records)
     replicated = pd.read_csv(folder / "tables" / "replication.csv")
     assert list(replicated["claim_id"]) == [claim["id"] for claim in claims.load_ledgers()]
-    assert list(replicated.columns) == claims.COLUMNS
+    assert list(replicated.columns) == [*claims.COLUMNS, "devices", "code_versions"]
     pd.testing.assert_frame_equal(
         pd.read_csv(folder / "tables" / "comparison.csv")[["variant", "top1"]],
         comparison(Results(folder))[["variant", "top1"]],

@@ -6,6 +6,7 @@ import math
 import pandas as pd
 
 from convx import config, statistics
+from convx.report import origins
 from convx.report.results import Results
 
 RESAMPLES = 4_000  # bounds repeat to 2 % of the interval's half width; ten times less would show in the table
@@ -88,6 +89,7 @@ def _row(results: Results, name: str) -> dict:
     row["train_seconds"] = float(results.values(name, "train_seconds").mean())  # of an empty series: NaN
     row["energy_method"] = results.method(name, "inference_energy")
     row["training_energy_method"] = results.method(name, "training_energy")
+    row["devices"], row["code_versions"] = origins.pooled(results, name)
     row["reason"] = reason
     return row
 

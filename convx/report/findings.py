@@ -92,7 +92,12 @@ def bounds(row) -> tuple[float, float, float]:
 
 
 def found(row) -> str:
-    """Return what was found with its 95 % interval, in the claim's unit; a dash where there is no number."""
+    """Return what was found with its 95 % interval, in the claim's unit; a dash where there is no number.
+
+    One side of a difference is no difference: where only that is known, as of an incomplete claim, there is no number.
+    """
+    if is_difference(row) and not known(row["delta"]):
+        return DASH
     value, low, high = bounds(row)
     if not known(value):
         return DASH

@@ -11,6 +11,7 @@ import pandas as pd
 
 from convx import config
 from convx.manifest import atomic
+from convx.report import origins
 from convx.report.comparison import comparison
 from convx.report.findings import MEANINGS, SIGNS, found, how_sure, order, paper_says, reasons
 from convx.report.look import STYLE
@@ -270,5 +271,9 @@ def _provenance(results: Results) -> str:
     )
     hours = sum(record["wall_seconds"] for record in results.records if known(record["wall_seconds"])) / 3600
     digest = config.digest(results.study)
+    pooled = "".join(f"<li>{_text(line)}</li>" for line in origins.notes(results))
     made = f"<p>Made on:</p><ul>{places}</ul>" if places else "<p>No run is in yet.</p>"
-    return f"<footer>{made}<p>{hours:.2f} machine-hours in all; study digest <code>{digest}</code>.</p></footer>"
+    pooled = f"<p>Pooled:</p><ul>{pooled}</ul>" if pooled else ""
+    where = f"results/{_text(results.study['study'])}/manifest.json"
+    files = f"Each run's file, recipe, code version and command: <code>{where}</code>."
+    return f"<footer>{made}{pooled}<p>{hours:.2f} machine-hours in all; study digest <code>{digest}</code>. {files}</p></footer>"

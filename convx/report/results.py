@@ -11,6 +11,7 @@ import pandas as pd
 from convx import claims, config
 from convx.evidence import Table, same
 from convx.manifest import read_json
+from convx.report import origins
 
 FIRST = ["study", "variant", "seed", "what", "metric", "value", "unit", "n", "split"]
 LAST = ["method", "status", "reason"]
@@ -18,13 +19,16 @@ LAST = ["method", "status", "reason"]
 
 @dataclass(frozen=True)
 class Results:
-    """One study's results folder."""
+    """One study's results folder; ``given`` is the checked study where it is at hand, else it is the frozen one there."""
 
     folder: Path
+    given: dict | None = None
 
     @cached_property
     def study(self) -> dict:
-        """Return the frozen study."""
+        """Return the study, the frozen one where none was given."""
+        if self.given is not None:
+            return self.given
         file = self.folder / "study.json"
         if not file.exists():
             raise config.ConfigError(f"{file}: missing; run the workflow, or unpack a bundle, first")
@@ -39,13 +43,32 @@ class Results:
         return config.seeds(self.study, variant)
 
     @cached_property
-    def records(self) -> list[dict]:
-        """Return every metrics file of a run that the study holds, in the study's order."""
-        found = []
+    def files(self) -> dict[Path, dict]:
+        """Return every metrics file of a run that the study holds, with its content, in the study's order."""
+        found = {}
         for variant in self.variants:
             for seed in self.seeds(variant):
                 for file in sorted((self.folder / "metrics" / variant / f"seed{seed}").glob("*.json")):
-                    found.append(read_json(file))
+                    found[file] = read_json(file)
+        return found
+
+    @cached_property
+    def records(self) -> list[dict]:
+        """Return the content of every metrics file that the study's recipes made."""
+        return [record for file, record in self.files.items() if file not in self.strangers]
+
+    @cached_property
+    def strangers(self) -> dict[Path, str]:
+        """Return the metrics files that another recipe than the study's made, with its digest: they are in no table."""
+        recipes: dict[tuple, str] = {}
+        found = {}
+        for file, record in self.files.items():
+            run = record["run"]
+            key = (run["study"], run["variant"], run["seed"])
+            if key not in recipes:
+                recipes[key] = config.resolve(self.study | {"study": run["study"]}, *key[1:])["digest"]
+            if recipes[key] != record["recipe_digest"]:
+                found[file] = record["recipe_digest"]
         return found
 
     @cached_property
@@ -112,8 +135,10 @@ class Results:
 
     @cached_property
     def replication(self) -> pd.DataFrame:
-        """Return the replication table: one row a claim of every paper, decided or with its reason."""
-        return claims.evaluate(claims.load_ledgers(), self.runs, self.per_image, self.claims_study, self.exact)
+        """Return the replication table: one row a claim of every paper, and where its runs were made."""
+        frame = claims.evaluate(claims.load_ledgers(), self.runs, self.per_image, self.claims_study, self.exact)
+        pooled = [origins.pooled(self, row["variant"], row["reference"]) for _, row in frame.iterrows()]
+        return frame.assign(devices=[p[0] for p in pooled], code_versions=[p[1] for p in pooled])
 
     def status(self, variant: str) -> tuple[str, str]:
         """Return ("ok" | "failed" | "incomplete" | "not run", reason) of a variant.
@@ -125,8 +150,9 @@ class Results:
         if failed:
             return "failed", f"seed {failed[0]['run']['seed']}, {failed[0]['what']}: {failed[0]['reason']}"
         done = {r["run"]["seed"] for r in mine if r["what"] == "evaluation"}
+        other = sorted({file.parent.name for file in self.strangers if file.parent.parent.name == variant})
         if not done:
-            return "not run", "no evaluation"
+            return "not run", f"made by another recipe: {', '.join(other)}" if other else "no evaluation"
         if missing := [s for s in self.seeds(variant) if s not in done]:
             return "incomplete", f"{len(done)} of {len(done) + len(missing)} seeds"
         return "ok", ""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from convx.manifest import atomic
+from convx.manifest import atomic, write_json
+from convx.report import origins
 from convx.report.comparison import COSTS, comparison, interval
 from convx.report.findings import MEASURED, SIGNS, found, how_sure, order, paper_says, reasons
 from convx.report.results import Results
@@ -21,7 +22,7 @@ __all__ = ["comparison", "comparison_cells", "comparison_markdown", "interval", 
 
 
 def write(folder: str | Path) -> None:
-    """Write all tables of ``results/<study>`` to its tables/ folder, each file whole or not at all."""
+    """Write all tables of ``results/<study>`` to its tables/ folder, and its manifest; each file whole or not at all."""
     results = Results(Path(folder))
     out = results.folder / "tables"
     compared = comparison(results)
@@ -30,6 +31,7 @@ def write(folder: str | Path) -> None:
     _csv(results.replication, out / "replication.csv")
     _text(comparison_markdown(results, compared), out / "comparison.md")
     _text(replication_markdown(results, results.replication), out / "replication.md")
+    write_json(results.folder / "manifest.json", origins.manifest(results))
 
 
 def replication(results: Results) -> pd.DataFrame:
@@ -135,7 +137,7 @@ def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
         if ways:
             rank = " Estimates are never ranked." if any("estimate" in way for way in ways) else ""
             notes.append(f"{label} energy: {'; '.join(ways)}.{rank}")
-    return notes
+    return notes + origins.notes(results)
 
 
 def comparison_markdown(results: Results, frame: pd.DataFrame) -> str:
@@ -167,6 +169,8 @@ def replication_markdown(results: Results, frame: pd.DataFrame) -> str:
         parts.append(f"\n### {paper}: {len(part)}\n\n")
         for word, reason, names in reasons(part, reduced):
             parts.append(f"- {len(names)} **{word}**: {reason}. Claims {listed([f'`{name}`' for name in names], 3)}\n")
+    if places := origins.notes(results):
+        parts.append("\n## Where the runs were made\n\n" + "".join(f"- {line}\n" for line in places))
     return "".join(parts)
 
 

@@ -52,6 +52,7 @@ rule tables:
             labels={"table": "replication", "rows": "one a claim"},
         ),
         f"results/{plan.name}/tables/replication.md",
+        f"results/{plan.name}/manifest.json",
     log:
         f"logs/{plan.name}/tables.log",
     conda:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from convx import config
+from convx.scale import shorten
 
 RESNET = re.compile(r"^resnet(?P<depth>\d+)_(?P<width>\d+)(?:_k(?P<kernel>\d+))?$")
 PLAIN_BLOCK = {"layers": "*", "bank": "iid_uniform", "middle": "none", "form": "dense", "start": "random"}
@@ -40,7 +41,7 @@ def network(study: dict, variant: str) -> Network | None:
     host = RESNET.match(settings["model"]["name"])
     training, recipe = (
         config.training_settings(study, variant),
-        config.recipe_defaults() | study["recipes"].get("train", {}),
+        shorten(config.recipe_defaults() | study["recipes"].get("train", {}), study.get("scale", 1)),
     )
     free = ("lr", "checkpoints", "threads")
     same = all(training[key] == value for key, value in recipe.items() if key not in free)
