@@ -24,6 +24,7 @@ STOREYS = {
         "resampling",
         "config",
         "checks",
+        "distributed",
         "layers",
     ],
     1: ["models", "plan", "bundle"],
