@@ -16,13 +16,13 @@ import socket
 import subprocess
 import sys
 import threading
-from functools import cache
 
 from convx.manifest import Failure
 from convx.seeds import derive
 
 STOP_SECONDS = 25  # that processes wait for the first one to save, once they are told to end
 WORDS = "CONVX_WORDS"  # of the environment: the command line of the processes, as JSON
+_world: "World | None" = None
 _rows: tuple[int, int, int] | None = None  # (first, behind the last, of how many): the rows of the batch at work
 
 
@@ -264,7 +264,9 @@ def _leave(store) -> None:
     os._exit(143)
 
 
-@cache
 def join(wanted: str = "cpu") -> World:
     """Return the world of this process, joined once; ``wanted`` is the recipe's device (auto, cpu or cuda)."""
-    return World(wanted)
+    global _world
+    if _world is None:
+        _world = World(wanted)
+    return _world

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent
 CORE = {
     "train": [
         "training.py",
+        "distributed.py",
         "seeds.py",
         "runs.py",
         "data/batches.py",

@@ -97,11 +97,9 @@ def make_scheduler(optimizer, training: dict, steps: int):
 
 
 @torch.inference_mode()
-def validate(
-    model: nn.Module, data: RunData, images: torch.Tensor, labels: torch.Tensor, world: distributed.World
-) -> tuple[float, float]:
+def validate(model: nn.Module, data: RunData, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Return (top-1 in percent, mean cross-entropy) of a model on a split that is on the device; processes share its batches."""
-    was_training = model.training
+    was_training, world = model.training, distributed.join()
     model.eval()
     correct = torch.zeros((), dtype=torch.long, device=data.device)
     loss = torch.zeros((), dtype=torch.float64, device=data.device)
@@ -304,7 +302,7 @@ class Trainer:
         own = self.objective.validation(self.exported(), self.data, *self.validation)
         if own is not None:
             return own
-        top1, loss = validate(self.exported(), self.data, *self.validation, self.world)
+        top1, loss = validate(self.exported(), self.data, *self.validation)
         return {"validation_top1": top1, "validation_loss": loss}
 
     def fit(self, progress: Progress) -> None:
