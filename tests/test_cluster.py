@@ -151,10 +151,10 @@ def small(**changes) -> dict:
 
 
 def rows(house: House, what: str) -> list:
-    """Return the rows of a metrics file but those that a clock made."""
+    """Return the rows of a metrics file but those that a clock or the memory of the process made."""
     record = json.loads(house.results("metrics", "cnn", "seed0", f"{what}.json").read_text())
     assert record["status"] == "ok", record["reason"]
-    clock = ("seconds", "per_second", "energy", "carbon")
+    clock = ("seconds", "per_second", "energy", "carbon", "peak_rss")
     return [row for row in record["rows"] if not any(word in row["metric"] for word in clock)]
 
 
