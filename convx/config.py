@@ -106,6 +106,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
 
 def _check_study(study: dict, where: str) -> None:
     from convx.models import check_name
+    from convx.models.pretrained import weights_file
 
     variants = study["variants"]
     _check_data(study, where)
@@ -130,8 +131,11 @@ def _check_study(study: dict, where: str) -> None:
             )
         _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
+        _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
         try:
             check_name(merged["model"]["name"])
+            if merged["model"].get("weights"):
+                weights_file(merged["model"]["weights"])
         except ValueError as error:
             raise ConfigError(f"{here}: {error}") from None
     for name in variants:
@@ -141,19 +145,32 @@ def _check_study(study: dict, where: str) -> None:
 def _check_recipe(recipe: dict, here: str, data: dict) -> None:
     from convx.source import optimizer_names
 
-    if scale := recipe.get("crop_scale"):
-        if data["name"] != "folder":
-            raise ConfigError(f"{here}.crop_scale: it is for data.name: folder; {data['name']} has crop_padding")
-        if scale[0] > scale[1]:
-            raise ConfigError(
-                f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest"
-            )
+    for key in ("crop_scale", "crop_interpolation", "color_jitter", "auto_augment"):
+        if recipe.get(key) and data["name"] != "folder":
+            own = "crop_padding, flip, randaugment and erase"
+            raise ConfigError(f"{here}.{key}: it is for data.name: folder; {data['name']} has {own}")
+    if (scale := recipe.get("crop_scale")) and scale[0] > scale[1]:
+        raise ConfigError(f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest")
     if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
         raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
             f"{here}.optimizer: {recipe['optimizer']!r} is unknown{nearest(recipe['optimizer'], optimizer_names())}"
         )
+
+
+def _check_parts(training: dict, objective: str, here: str) -> None:
+    """Check that a batch can be split into the parts that gradients are accumulated over, and what else needs all numbers."""
+    from convx.source import splitting_objectives
+
+    if training["crop_interpolation"] and not training["crop_scale"]:
+        raise ConfigError(f"{here}: crop_interpolation: it is for random crops; set crop_scale")
+    parts, size = training["accumulate"], training["batch_size"]
+    if parts > size:
+        raise ConfigError(f"{here}: accumulate: {parts} parts of a batch of {size}; it must be at most batch_size")
+    if parts > 1 and objective not in splitting_objectives():
+        known = ", ".join(sorted(splitting_objectives()))
+        raise ConfigError(f"{here}: accumulate: the objective {objective} cannot split a batch; these can: {known}")
 
 
 def _check_data(study: dict, where: str) -> None:
@@ -266,7 +283,7 @@ def _declared_settings(study: dict, name: str) -> dict:
     }
     overrides = {k: v for k, v in entry.items() if k not in ("training", "base")}
     merged = base | {"model": study["host"]} | declaration(study, name) | overrides
-    merged["model"] = {"settings": {}} | merged["model"]
+    merged["model"] = {k: v for k, v in ({"settings": {}} | merged["model"]).items() if (k, v) != ("weights", None)}
     return copy.deepcopy(merged)
 
 
@@ -333,7 +350,7 @@ def seeds(study: dict, name: str) -> list[int]:
 
 def data_key(data: dict) -> str:
     """Return the folder name of a prepared data set: its name and a digest of everything that changes its arrays."""
-    numeric = {k: v for k, v in data.items() if k not in ("workers", "lossy")}
+    numeric = {k: v for k, v in data.items() if k not in ("workers", "lossy") and (k, v) != ("normalise", None)}
     return f"{data['name']}-{digest(numeric)[:8]}"
 
 
@@ -358,7 +375,7 @@ def resolve(study: dict, name: str, seed: int) -> dict:
         "seed": seed,
         "data": study["data"],
         "data_key": data_key(study["data"]),
-        "model": settings["model"],
+        "model": _dated(settings["model"]),
         "surgery": settings["surgery"],
         "objective": settings["objective"],
         "training": training_settings(study, name),
@@ -369,6 +386,13 @@ def resolve(study: dict, name: str, seed: int) -> dict:
         {"scale": study.get("scale", 1)} if study.get("scale", 1) != 1 else {}
     )  # a key of shortened studies alone: it changes digests
     return recipe | {"digest": recipe_digest(recipe)}
+
+
+def _dated(model: dict) -> dict:
+    """Return a model with the sha256 of the weights that it starts from, where it has any."""
+    from convx.models.pretrained import weights_digest
+
+    return model | ({"weights_sha256": weights_digest(model["weights"])} if model.get("weights") else {})
 
 
 def recipe_digest(recipe: dict) -> str:

@@ -109,10 +109,28 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def _take_several(gpus: list[str], slots: int, count: int):
+    """Take a slot of each of ``count`` GPUs; hold none while waiting for enough, so that two such jobs cannot block each other."""
+    if count > len(gpus):
+        raise ValueError(f"{count} processes need a GPU each, this machine shows {len(gpus)} ({', '.join(gpus)})")
+    while True:
+        held = {}
+        for slot in range(slots):
+            for gpu in gpus:
+                if len(held) < count and gpu not in held and (file := _lock(gpu, slot, block=False)) is not None:
+                    held[gpu] = file
+        if len(held) == count:
+            return ",".join(sorted(held, key=gpus.index)), list(held.values())
+        for file in held.values():
+            file.close()
+        time.sleep(POLL_SECONDS)
+
+
 @contextlib.contextmanager
-def claim(wanted: str = "auto", whole: bool = False):
+def claim(wanted: str = "auto", whole: bool = False, count: int = 1):
     """Hold a slot of a GPU (all its slots if ``whole``) and point ``CUDA_VISIBLE_DEVICES`` at it; yields its name or None.
 
+    With ``count`` above one it is a slot of each of so many GPUs, and the name is theirs with commas between.
     Call it before torch touches CUDA. ``wanted="cpu"``, or a machine without GPUs, takes nothing and yields None.
     """
     gpus = visible_gpus() if wanted != "cpu" else []
@@ -120,7 +138,7 @@ def claim(wanted: str = "auto", whole: bool = False):
         yield None
         return
     take = _take_whole if whole else _take_slot
-    gpu, held = take(gpus, slots_per_gpu())
+    gpu, held = take(gpus, slots_per_gpu()) if count == 1 else _take_several(gpus, slots_per_gpu(), count)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     try:

@@ -122,13 +122,16 @@ class Plan:
         return source_digest("exact") + ledger_digest()
 
     def gpu(self, wildcards) -> int:
-        """Return the GPU slots that a job of this study takes on this machine."""
-        return int(self.study["device"] != "cpu" and bool(devices.visible_gpus()))
+        """Return the GPU slots that a job of this study takes: one with ``device: cuda``, with ``auto`` if there are any here."""
+        return int(self.study["device"] == "cuda" or (self.study["device"] == "auto" and bool(devices.visible_gpus())))
 
-    def memory(self, wildcards) -> int:
-        """Return the memory in MB that a job asks for, by the size of the images (a bound, not a measurement)."""
+    def memory(self, wildcards, attempt) -> int:
+        """Return the memory in MB that a job asks for, by the size of the images (a bound, not a measurement).
+
+        A job that is tried again asks for as much more.
+        """
         native = 224 if self.study["data"]["name"] == "folder" else 64
-        return 3000 if (self.study["data"]["image_size"] or native) <= 64 else 16000
+        return attempt * (3000 if (self.study["data"]["image_size"] or native) <= 64 else 16000)
 
     # -------------------------------------------------------------------------------------------------------------- inputs
 

@@ -80,26 +80,44 @@ class RunData:
         return to_device(images, self.device), labels
 
 
-def build_model(recipe: dict, meta: dict, start_weights: str | Path | None = None) -> nn.Module:
+def build_model(
+    recipe: dict, meta: dict, start_weights: str | Path | None = None, pretrained: bool = True
+) -> nn.Module:
     """Build the model of a run from its recipe, on the CPU.
 
     A run that starts from another one gets that run's model (with its surgery), then its weights if they are given, then
-    its own surgery. Without ``start_weights`` the structure is right and the run's own weights can be loaded.
+    its own surgery. Without ``start_weights`` the structure is right and the run's own weights can be loaded; with
+    ``pretrained`` False so it is without the weights that the recipe's model starts from.
     """
     if start := recipe["start"]:
-        model = build_model(start["recipe"], meta)
+        model = build_model(start["recipe"], meta, pretrained=False)
         if start_weights is not None:
             load_weights(model, start_weights)
     else:
         torch.manual_seed(derive(recipe["seed"], "init"))
-        model = create_model(
-            recipe["model"]["name"],
-            num_classes=meta["num_classes"],
-            in_channels=meta["channels"],
-            image_size=meta["image_size"],
-            **recipe["model"]["settings"],
-        )
+        facts = {"num_classes": meta["num_classes"], "in_channels": meta["channels"], "image_size": meta["image_size"]}
+        facts |= recipe["model"]["settings"]
+        if pretrained and recipe["model"].get("weights"):
+            model = _pretrained(recipe["model"], meta, facts)
+        else:
+            model = create_model(recipe["model"]["name"], **facts)
     return surgery.apply(model, recipe["surgery"], recipe["seed"])
+
+
+def _pretrained(wanted: dict, meta: dict, facts: dict) -> nn.Module:
+    """Return a model with the weights of its recipe, which are those that the recipe was frozen with and fit the data set."""
+    from convx.models.pretrained import load_pretrained, weights_digest
+
+    if (found := weights_digest(wanted["weights"])) != wanted["weights_sha256"]:
+        raise Failure(f"model.weights: {wanted['weights']} is another file than the recipe's (sha256 {found[:16]}...)")
+    model, preprocessing = load_pretrained(wanted["name"], wanted["weights"], **facts)
+    own = {key: preprocessing[key] for key in ("mean", "std") if key in preprocessing}
+    ours = {key: meta[key] for key in own}
+    if ours != own and meta["channels"] == len(own["mean"]) and meta["statistics_from"] != "the study":
+        raise Failure(
+            f"model.weights: they were trained with mean and std {own}, the data set has {ours}; set data.normalise"
+        )
+    return model
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent
 CORE = {
     "train": [
         "training.py",
+        "distributed.py",
         "seeds.py",
         "runs.py",
         "data/batches.py",
@@ -158,6 +159,8 @@ def _parts(recipe: dict) -> list[str]:
         parts.append(hashlib.sha256(own[0].read_bytes()).hexdigest())
     elif name := family(recipe["model"]["name"]):
         files |= {f"models/{name}.py"} | _layers_of(f"models/{name}.py")
+    if recipe["model"].get("weights"):
+        files.add("models/pretrained.py")
     objective = f"objectives/{recipe['objective']['name']}.py"
     files |= {objective} | _layers_of(objective)
     for step in recipe["surgery"]:
@@ -218,3 +221,11 @@ def optimizer_names() -> frozenset[str]:
     if not file or not file.exists():
         return frozenset()
     return frozenset(re.findall(r"OptimInfo\(\s*name=['\"](\w+)['\"]", file.read_text(encoding="utf-8")))
+
+
+@lru_cache
+def splitting_objectives() -> frozenset[str]:
+    """Return the objectives that may take a batch in parts (``splits_batch = True``), read from their source."""
+    files = (PACKAGE / "objectives").glob("*.py")
+    pattern = re.compile(r"^    splits_batch = True$", re.MULTILINE)
+    return frozenset(file.stem for file in files if pattern.search(file.read_text(encoding="utf-8")))

@@ -1,10 +1,14 @@
 """The steps of a run, one function for each rule of the workflow: what the command line calls."""
 
+import contextlib
+import json
+import os
 from pathlib import Path
 
-from convx import devices
-from convx.manifest import MetricsFile, environment, failure_reason, read_json, write_json
+from convx import devices, distributed
+from convx.manifest import Failure, MetricsFile, atomic, environment, failure_reason, read_json, write_json
 
+FAILURE_FILE = "CONVX_FAILURE_FILE"  # where one of several processes leaves why the run failed
 CORRUPTION_SEED = 0  # of the regenerated sets; the same for every study, so that they can be shared
 
 
@@ -17,8 +21,6 @@ def data(settings: dict, mirrors: list[str], out: str) -> None:
 
 def corrupt(wanted: dict, data: str, out: str, workers: int) -> None:
     """Build the corrupted test images of a data set once."""
-    import os
-
     from convx.data import open_set
     from convx.data.corruptions import build, open_official, verified_folder
 
@@ -43,31 +45,47 @@ def corrupt(wanted: dict, data: str, out: str, workers: int) -> None:
 
 
 def train(
-    recipe_file: str, data: str, start: str | None, source: str, carbon: dict, out: str, progress_root: str
+    recipe_file: str,
+    data: str,
+    start: str | None,
+    source: str,
+    carbon: dict,
+    out: str,
+    progress_root: str,
+    processes: int = 1,
+    nodes: int = 1,
 ) -> None:
-    """Train one run: weights, kept checkpoints, history, metrics."""
+    """Train one run: weights, kept checkpoints, history, metrics. With more than one process or node they share its batches."""
     recipe = read_json(recipe_file)
     model_file = Path(out)
     study_folder, variant, seed = model_file.parents[3], model_file.parents[1].name, model_file.parent.name
-    metrics_file = study_folder / "metrics" / variant / seed / "training.json"
     history_file = study_folder / "histories" / variant / f"{seed}.csv"
+    start_weights, data_digest = _start_weights(recipe, start), _data_digest(data)
     checkpoints = model_file.parent / "checkpoints"
-    with devices.claim(recipe["device"]):
+    metrics_file = study_folder / "metrics" / variant / seed / "training.json"
+    metrics = MetricsFile(metrics_file, "training", recipe, source_digest=source, data_digest=data_digest)
+    if processes * nodes > 1 and not distributed.launched():
+        words = ["train", recipe_file, "--data", data, "--start", start or "", "--source", source]
+        words += ["--carbon", json.dumps(carbon), "--out", out, "--progress", progress_root]
+        _launch(words, recipe["device"], processes, nodes, metrics, model_file, history_file)
+        return
+    with contextlib.nullcontext() if distributed.launched() else devices.claim(recipe["device"]):
         from convx.evaluate.energy import Meter
         from convx.runs import save_failed, save_weights
         from convx.training import Progress, Trainer, write_history
 
         devices.keep_freed_memory()
-        start_weights = _start_weights(recipe, start)
-        data_digest = _data_digest(data)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        with MetricsFile(metrics_file, "training", recipe, source_digest=source, data_digest=data_digest) as metrics:
+        with metrics if distributed.leads() else contextlib.nullcontext():
             trainer = None
             try:
                 with Progress(progress_root, recipe, source, data_digest, start_weights) as progress:
                     trainer = Trainer(recipe, Path(data).parent, start_weights)
                     with Meter(carbon, device=str(trainer.device), scope="process") as meter:
                         trainer.fit(progress)
+                    meter.add_up(trainer.world)
+                    if not distributed.leads():
+                        return
                     save_weights(trainer.exported(), model_file)
                     write_history(history_file, trainer.history)
                     for file in progress.checkpoints.glob("*.safetensors"):
@@ -75,11 +93,15 @@ def train(
                     progress.done()
             except Exception as error:
                 if (reason := failure_reason(error)) is not None:
+                    if distributed.leads():
+                        write_history(history_file, trainer.history if trainer else [])
+                    if distributed.launched():
+                        _tell(reason)
                     save_failed(model_file, reason)
-                    write_history(history_file, trainer.history if trainer else [])
                 raise
             last = trainer.history[-1]
             facts = {"device": str(trainer.device), "precision": recipe["training"]["precision"]}
+            facts |= {"processes": trainer.world.size} if trainer.world.size > 1 else {}
             metrics.environment = environment(channels_last=recipe["training"]["channels_last"], **facts)
             seconds = last["seconds"]
             metrics.add("train_seconds", seconds, "s", method="wall clock of the updates")
@@ -95,6 +117,48 @@ def train(
                 if name in last:
                     metrics.add(f"final_{name}", last[name], "%", split=name.split("_")[0], method="last epoch")
             metrics.rows += meter.rows("training")
+
+
+def _launch(
+    words: list[str],
+    device: str,
+    processes: int,
+    nodes: int,
+    metrics: MetricsFile,
+    model_file: Path,
+    history_file: Path,
+) -> None:
+    """Let several processes train the run; the first of them writes its results, and a failure of any is recorded here."""
+    told = model_file.with_name(".failure")  # beside the weights: processes on other nodes must reach it
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.unlink(missing_ok=True)
+    os.environ[FAILURE_FILE] = str(told.absolute())
+    # On several nodes the batch system gives each its devices.
+    with devices.claim(device, count=processes) if nodes == 1 else contextlib.nullcontext():
+        code = distributed.launch(words, processes, nodes)
+    if code == 0:
+        return
+    if not told.exists():
+        raise SystemExit(code if code > 0 else 128 - code)
+    from convx.runs import save_failed
+    from convx.training import write_history
+
+    with metrics:
+        reason = told.read_text(encoding="utf-8")
+        told.unlink()
+        save_failed(model_file, reason)
+        if not history_file.exists():
+            write_history(history_file, [])
+        raise Failure(reason)
+
+
+def _tell(reason: str) -> None:
+    """Leave the reason of a failure for the process that started this one, and end; the first reason stays."""
+    told = Path(os.environ[FAILURE_FILE])
+    if not told.exists():
+        with atomic(told) as temporary:
+            temporary.write_text(reason, encoding="utf-8")
+    raise SystemExit(1)
 
 
 def _start_weights(recipe: dict, start: str | None) -> Path | None:
@@ -123,13 +187,29 @@ def evaluate(
             set_numerics(recipe["training"])
             device = pick_device(recipe["device"])
             meta = read_json(data)
-            network = load_weights(build_model(recipe, meta), model)
+            network = load_weights(build_model(recipe, meta, pretrained=False), model)
             result = evaluate_run(
                 network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device
             )
             metrics.rows += result.rows
             metrics.per_image, metrics.arrays = result.per_image, result.arrays
             metrics.environment = environment(device=str(device))
+
+
+def evaluate_given(model: str, weights: str, data: str, out: str | None, **settings) -> str:
+    """Test any model on a folder of images; write the metrics as JSON where wanted and return them as a table."""
+    with devices.claim(settings["device"]):
+        from convx.evaluate import given
+
+        found = given.run(model, weights, data, **settings)
+        found["environment"] = environment(device=settings["device"])
+    if out:
+        write_json(out, found)
+    shown = found["preprocessing"] | {"weights": f"{weights} (sha256 {found['weights_sha256'][:16]})"}
+    head = f"{found['model']} on {found['images']} images of {data}"
+    lines = [f"  {name}: {value}" for name, value in shown.items()]
+    values = [f"{row['metric']:<12} {row['value']:>14,.6g} {row['unit']}" for row in found["rows"]]
+    return "\n".join([head, *lines, *values])
 
 
 def measure(
@@ -145,9 +225,9 @@ def measure(
             set_numerics(recipe["training"])
             device = pick_device(recipe["device"])
             meta = read_json(data)
-            networks = {recipe["variant"]: load_weights(build_model(recipe, meta), model)}
+            networks = {recipe["variant"]: load_weights(build_model(recipe, meta, pretrained=False), model)}
             if reference:
                 base = read_json(reference[0])
-                networks[base["variant"]] = load_weights(build_model(base, meta), reference[1])
+                networks[base["variant"]] = load_weights(build_model(base, meta, pretrained=False), reference[1])
             metrics.rows += measure_run(networks, recipe, meta, settings, device).rows
             metrics.environment = environment(device=str(device))

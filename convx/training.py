@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from convx import objectives
+from convx import distributed, objectives
 from convx.manifest import Failure, atomic
 from convx.runs import RunData, build_model, pick_device, save_weights, set_numerics
 from convx.seeds import derive
@@ -100,34 +100,38 @@ def make_scheduler(optimizer, training: dict, steps: int):
 
 @torch.inference_mode()
 def validate(model: nn.Module, data: RunData, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Return (top-1 in percent, mean cross-entropy) of a model on a split that is on the device."""
-    was_training = model.training
+    """Return (top-1 in percent, mean cross-entropy) of a model on a split that is on the device; processes share its batches."""
+    was_training, world = model.training, distributed.join()
     model.eval()
     correct = torch.zeros((), dtype=torch.long, device=data.device)
     loss = torch.zeros((), dtype=torch.float64, device=data.device)
     normalise = data.normalise
     batch = max(1, min(VALIDATION_BATCH, VALIDATION_PIXELS // (images.shape[2] * images.shape[3])))
-    for start in range(0, len(images), batch):
+    for start in range(world.rank * batch, len(images), world.size * batch):
         logits = model(normalise(images[start : start + batch])).float()
         target = labels[start : start + batch]
         correct += (logits.argmax(1) == target).sum()
         loss += nn.functional.cross_entropy(logits, target, reduction="sum").double()
     model.train(was_training)
-    return 100 * correct.item() / len(images), loss.item() / len(images)
+    found = world.total({"correct": correct, "loss": loss})
+    return 100 * found["correct"].item() / len(images), found["loss"].item() / len(images)
 
 
 class Progress:
-    """The undeclared directory of one run's progress, owned by one process at a time."""
+    """The undeclared directory of one run's progress, owned by one process at a time: the first of those that share the run."""
 
     def __init__(self, root: str | Path, recipe: dict, source: str, data: str, start_weights: str | Path | None):
         start = hashlib.sha256(Path(start_weights).read_bytes()).hexdigest() if start_weights else ""
         self.key = hashlib.sha256("/".join([recipe["digest"], source, data, start]).encode()).hexdigest()[:16]
         self.folder = Path(root) / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.leads = distributed.leads()
         self.file = self.folder / "state.pt"
         self.checkpoints = self.folder / "checkpoints"
 
     def __enter__(self):
+        if not self.leads:
+            return self
         self._lock = open(self.folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,9 +143,12 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        self._lock.close()
+        if self.leads:
+            self._lock.close()
 
     def save(self, state: dict) -> None:
+        if not self.leads:
+            return
         with atomic(self.file) as temporary:
             torch.save(state, temporary)
 
@@ -152,7 +159,8 @@ class Progress:
 
     def done(self) -> None:
         """Remove the progress; the results are written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _rng_state(device: torch.device) -> dict:
@@ -174,14 +182,17 @@ class Trainer:
     def __init__(self, recipe: dict, data_folder: str | Path, start_weights: str | Path | None = None):
         self.recipe, self.training = recipe, recipe["training"]
         set_numerics(self.training)
-        self.device = pick_device(recipe["device"])
+        self.world = distributed.join(recipe["device"])
+        self.device = self.world.device or pick_device(recipe["device"])
         self.data = RunData.open(data_folder, recipe, self.device)
         model = build_model(recipe, self.data.meta, start_weights)
-        self.objective = objectives.create(model, recipe, self.data).to(self.device)
+        objective = objectives.create(model, recipe, self.data).to(self.device)
+        self.objective = self.world.prepare(objective, objective.splits_batch)
         if self.training["channels_last"]:
             self.objective.to(memory_format=torch.channels_last)
         torch.manual_seed(derive(recipe["seed"], "train"))  # dropout and the like
         self.batches = self.data.train_batches(recipe["seed"])
+        self.batches.rows = self.world.rows
         self.validation = self.data.split("validation")
         self.optimizer = make_optimizer(self.objective, self.training)
         self.scheduler = make_scheduler(self.optimizer, self.training, self.batches.steps)
@@ -190,9 +201,9 @@ class Trainer:
             from timm.utils import ModelEmaV3
 
             self.ema = ModelEmaV3(self.objective.exported(), decay=self.training["ema"])
-        self.step_function = self.objective
+        self.step_function = self.world.parallel_step(self.objective)
         if self.training["compile"] != "none":
-            self.step_function = torch.compile(self.objective, mode=self.training["compile"])
+            self.step_function = torch.compile(self.step_function, mode=self.training["compile"])
         self.after_step = [
             m.after_step for m in self.objective.modules() if m is not self.objective and hasattr(m, "after_step")
         ]
@@ -228,20 +239,24 @@ class Trainer:
         _set_rng_state(state["rng"], self.device)
         for name in ("history", "epoch", "step", "seconds", "sums"):
             setattr(self, name, state[name])
+        self.sums = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in self.sums.items()}
         self.scheduler.step_update(self.epoch * self.batches.steps + self.step)
 
     def train_step(self, images, labels, rng) -> None:
         """One update; nothing here waits for the device."""
         progress = (self.epoch + self.step / self.batches.steps) / self.training["epochs"]
         bf16 = self.training["precision"] == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            loss, sums = self.step_function(images, labels, rng, progress)
-        for term in self.auxiliary:
-            extra = term(progress)
-            if extra is not None:
-                loss = loss + extra
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.backward(loss)
+        for part in self._parts(images, labels, rng):
+            images, labels, rng, weight = part
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss, sums = self.step_function(images, labels, rng, progress)
+            for term in self.auxiliary:
+                extra = term(progress)
+                if extra is not None:
+                    loss = loss + extra
+            self.objective.backward(loss if weight == 1 else weight * loss)
+            self._count(sums, len(images))
         if self.training["clip_grad"]:
             self.objective.clip_gradients(self.training["clip_grad"])
         self.optimizer.step()
@@ -251,9 +266,17 @@ class Trainer:
             self.objective.after_step(progress)
         if self.ema:
             self.ema.update(self.objective.exported())
-        for name, value in sums.items():
+
+    def _parts(self, images, labels, rng):
+        """Yield the parts that a step is done in: one, unless the recipe accumulates gradients or processes share it."""
+        size, (accumulate, seed) = self.training["batch_size"], (self.training["accumulate"], self.recipe["seed"])
+        whole = min(size, len(self.batches.images) - self.step * size) if self.world.size > 1 else len(images)
+        return self.world.parts(images, labels, rng, whole, accumulate, f"{seed}.{self.epoch}.{self.step}")
+
+    def _count(self, sums: dict, images: int) -> None:
+        """Add what a part of a step says to the sums of the epoch, over all processes."""
+        for name, value in self.world.total(sums | {"images": images}).items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.sums["images"] = self.sums.get("images", 0) + len(images)
 
     def close_epoch(self) -> None:
         """Add one row to the history; the only place that waits for the device."""
@@ -261,7 +284,7 @@ class Trainer:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"],
         }
-        images = self.sums.pop("images", 0)
+        images = int(self.sums.pop("images", 0))
         for name, value in self.sums.items():
             mean = float(value) / images
             row["train_top1" if name == "correct" else f"train_{name}"] = 100 * mean if name == "correct" else mean
@@ -290,7 +313,8 @@ class Trainer:
         The weights at the recipe's ``checkpoints`` are kept below the progress directory: a declared output would be
         removed by the workflow when the job is killed.
         """
-        if state := progress.load(self.device):
+        device = self.device if self.world.size == 1 else torch.device("cpu")
+        if state := self.world.from_leader(progress.load(device) if progress.leads else None):
             self.restore(state)
             print(f"continuing at epoch {self.epoch}, step {self.step}", flush=True)
         previous = signal.signal(signal.SIGTERM, self._terminate)
@@ -300,7 +324,10 @@ class Trainer:
             signal.signal(signal.SIGTERM, previous)
 
     def _terminate(self, *_) -> None:
-        self._stop = True
+        if distributed.leads():
+            self._stop = True
+        else:
+            self.world.leave_when_saved()
 
     def _fit(self, progress: Progress) -> None:
         epochs, steps = self.training["epochs"], self.batches.steps
@@ -310,6 +337,7 @@ class Trainer:
             unit="step",
             mininterval=2,
             desc=self.recipe["variant"],
+            disable=not progress.leads,
         )
         if not self.history:
             self.close_epoch()  # epoch 0: before any update
@@ -328,6 +356,7 @@ class Trainer:
                     progress.save(self.state())
                     clock = saved = time.perf_counter()
                     if self._stop:
+                        self.world.saved()
                         raise SystemExit(143)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -343,7 +372,7 @@ class Trainer:
         bar.close()
 
     def _keep(self, progress: Progress) -> None:
-        if self.epoch in self.training["checkpoints"]:
+        if progress.leads and self.epoch in self.training["checkpoints"]:
             save_weights(self.exported(), progress.checkpoints / f"epoch{self.epoch}.safetensors")
 
 

@@ -25,6 +25,7 @@ STOREYS = {
         "config",
         "scale",
         "checks",
+        "distributed",
         "layers",
     ],
     1: ["models", "plan", "bundle", "merge"],
@@ -38,8 +39,8 @@ STOREYS = {
     9: ["cli", "__main__", "steps", "explain", "bench", "compare", "pace", "slots", "queue"],
 }
 RANK = {name: rank for rank, names in STOREYS.items() for name in names}
-# Tables of facts without code, which the check of a study reads: names of models, data sets and corruptions.
-FACTS = {"convx", "convx.models", "convx.data.sets", "convx.data.corruptions.constants"}
+# What the check of a study reads, all without torch: names of models, data sets and corruptions, and where weights are.
+FACTS = {"convx", "convx.models", "convx.models.pretrained", "convx.data.sets", "convx.data.corruptions.constants"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

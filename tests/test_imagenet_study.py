@@ -48,7 +48,7 @@ def load(**changes) -> dict:
 
 def batches(prepared, workers=0, seed=0, **training) -> FolderBatches:
     images, labels = open_set(prepared).split("train")
-    numbers = {"batch_size": 8, "drop_last": False, "crop_scale": [0.3, 1]} | training
+    numbers = config.recipe_defaults() | {"batch_size": 8, "crop_scale": [0.3, 1]} | training
     return FolderBatches(images, torch.as_tensor(labels), numbers, seed, CPU, workers)
 
 
@@ -112,7 +112,73 @@ def test_run_data_of_a_folder(prepared):
     assert images[1:3].equal(images[:][1:3]) and images[:].dtype == torch.uint8
     assert np.array_equal(images[:].permute(0, 2, 3, 1).numpy(), open_set(prepared).split("validation")[0][:])
     found = data.train_batches(0)
-    assert isinstance(found, FolderBatches) and found.workers == 1 and found.scale is None
+    assert isinstance(found, FolderBatches) and found.workers == 1 and found.training["crop_scale"] is None
+
+
+AUGMENTATIONS = (
+    {"color_jitter": 0.4},
+    {"auto_augment": "rand-m9-mstd0.5-inc1"},
+    {"auto_augment": "augmix-m3"},
+    {"crop_scale": None, "color_jitter": 0.4},
+    {"crop_interpolation": "random"},
+)
+
+
+@pytest.mark.parametrize("changes", AUGMENTATIONS, ids=str)
+def test_what_a_picture_goes_through_depends_on_seed_epoch_and_picture_alone(prepared, changes):
+    import random
+
+    plain, _ = epoch(batches(prepared, **{k: v for k, v in changes.items() if k == "crop_scale"}), 1)
+    states = []
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    for other in ({}, {"workers": 1}, {"batch_size": 5}):
+        again, _ = epoch(batches(prepared, **changes, **other), 1)
+        states.append(again)
+    assert states[0].equal(states[1]) and states[0].equal(states[2])
+    assert states[0].dtype == torch.uint8 and states[0].shape == plain.shape
+    changed = (states[0] != plain).flatten(1).any(1).float().mean()
+    assert 0.3 < changed < 1 if "crop_interpolation" in changes else changed > 0.9
+    drawn = torch.rand(2), random.random(), np.random.rand()
+    torch.manual_seed(3)
+    assert torch.rand(2).equal(drawn[0])
+    assert (random.Random(3).random(), np.random.RandomState(3).rand()) == drawn[1:]
+
+
+def test_augmentation_of_folders_is_checked():
+    base = {"study": "x", "host": {"name": "resnet8_8"}, "baseline": "cnn", "variants": {"cnn": None}}
+    folder, digits = {"name": "folder", "path": "."}, {"name": "digits"}
+    for data, recipe, message in (
+        (digits, {"color_jitter": 0.4}, "color_jitter: it is for data.name: folder; digits has crop_padding, flip"),
+        (digits, {"auto_augment": "rand-m9"}, "auto_augment: it is for data.name: folder"),
+        (folder, {"auto_augment": "rnd-m9"}, "auto_augment: 'rnd-m9' is not valid; it must match"),
+        (folder, {"crop_interpolation": "random"}, "crop_interpolation: it is for random crops; set crop_scale"),
+        (folder, {"crop_interpolation": "nearest"}, "crop_interpolation: 'nearest' is not valid"),
+        (folder, {"erase": 1.5}, "erase: 1.5 is out of range"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            config.load_study(base | {"data": data, "recipes": {"train": recipe}})
+
+
+def test_random_erasing():
+    """A share of the images has one rectangle of noise in it, the rest is what it was."""
+    from convx.data.batches import erase
+
+    images = torch.full((2000, 3, 24, 32), 9.0)
+    done = erase(images, 0.3, torch.Generator().manual_seed(1))
+    changed = (done != 9).all(1)
+    touched = changed.flatten(1).any(1)
+    assert 0.26 < touched.float().mean() < 0.34 and (done[~touched] == 9).all()
+    for inside in changed[touched][:200]:
+        rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+        assert inside.sum() == len(rows) * len(columns)  # one full rectangle
+        assert len(rows) == rows[-1] - rows[0] + 1 and len(columns) == columns[-1] - columns[0] + 1
+    areas = changed[touched].flatten(1).float().mean(1)
+    assert 0.01 < areas.min() < 0.03 and 0.2 < areas.max() < 0.35
+    noise = done.permute(0, 2, 3, 1)[changed]
+    assert abs(float(noise.mean())) < 0.01 and abs(float(noise.std()) - 1) < 0.01
+    assert erase(images, 0.3, torch.Generator().manual_seed(1)).equal(done)
 
 
 def test_crop_scale_is_checked():

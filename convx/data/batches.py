@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from convx.distributed import draw
 from convx.seeds import generator
 
 CHUNK = 10_000
@@ -45,15 +46,35 @@ def random_crop(images: torch.Tensor, padding: int, rng: torch.Generator) -> tor
     """Zero-pad by ``padding`` and crop back to the size at a random place, per image (He et al. 2016, section 4.2)."""
     n, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    offset_2N = torch.randint(0, 2 * padding + 1, (2, n), generator=rng).to(images.device)
+    offset_2N = draw(lambda n: torch.randint(0, 2 * padding + 1, (2, n), generator=rng), n, 1).to(images.device)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, 2p+1, 2p+1, H, W], a view
     return windows[torch.arange(n, device=images.device), :, offset_2N[0], offset_2N[1]]
 
 
 def random_flip(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Mirror each image left-right with probability one half."""
-    flip_N = (torch.rand(len(images), generator=rng) < 0.5).to(images.device)
+    flip_N = (draw(lambda n: torch.rand(n, generator=rng), len(images)) < 0.5).to(images.device)
     return torch.where(flip_N.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def erase(x: torch.Tensor, share: float, rng: torch.Generator) -> torch.Tensor:
+    """Fill a random rectangle of a ``share`` of the images with normal noise (Zhong et al. 2020, arXiv 1708.04896).
+
+    Normalised images [N, C, H, W]. The rectangle has 2 to 33 % of the area and an aspect of 0.3 to 3.3, log-uniform; one
+    that does not fit is cut at the border, not drawn again.
+    """
+    n, _, height, width = x.shape
+    draw_5N = draw(lambda n: torch.rand(5, n, generator=rng), n, 1)
+    area, ratio = (0.02 + (1 / 3 - 0.02) * draw_5N[1]) * height * width, (0.3 ** (1 - 2 * draw_5N[2]))
+    tall, wide = (area * ratio).sqrt().clamp(1, height).round(), (area / ratio).sqrt().clamp(1, width).round()
+    top, left = (draw_5N[3] * (height - tall + 1)).floor(), (draw_5N[4] * (width - wide + 1)).floor()
+    y_H, x_W = torch.arange(height)[None], torch.arange(width)[None]
+    rows_NH = (y_H >= top[:, None]) & (y_H < (top + tall)[:, None]) & (draw_5N[0] < share)[:, None]
+    columns_NW = (x_W >= left[:, None]) & (x_W < (left + wide)[:, None])
+    inside = (rows_NH[:, None, :, None] & columns_NW[:, None, None, :]).to(x.device)
+    seed = int(draw(lambda n: torch.randint(2**62, (n,), generator=rng), n)[0])  # its own for each part of a batch
+    noise = torch.Generator(x.device).manual_seed(seed)
+    return torch.where(inside, torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype), x)
 
 
 class Augment:
@@ -65,7 +86,7 @@ class Augment:
             training["flip"],
             training["randaugment"],
         )
-        self.mixes = []
+        self.mixes, self.erased = [], training.get("erase", 0)
         if training["mixup"] or training["cutmix"] or self.magnitude is not None:
             from torchvision.transforms import v2
 
@@ -88,7 +109,9 @@ class Augment:
         return images
 
     def mix(self, x: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
-        """Return normalised images and labels after mixup or CutMix, or both unchanged."""
+        """Return normalised images and labels after random erasing, and mixup or CutMix, where the recipe has them."""
+        if self.erased:
+            x = erase(x, self.erased, rng)
         if not self.mixes:
             return x, labels
         choice = int(torch.randint(len(self.mixes), (), generator=rng))
@@ -96,7 +119,12 @@ class Augment:
 
 
 class Batches:
-    """The training images of a run on its device, in an order drawn anew for each epoch from (seed, "order", epoch)."""
+    """The training images of a run on its device, in an order drawn anew for each epoch from (seed, "order", epoch).
+
+    ``rows`` takes from a batch what this process has of it; all, unless several processes share the run.
+    """
+
+    rows = staticmethod(lambda index: index)
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, drop_last: bool, seed: int):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
@@ -110,6 +138,6 @@ class Batches:
         order = torch.randperm(len(self.images), generator=generator(self.seed, "order", str(epoch)))
         order = order.to(self.images.device)
         for step in range(first, self.steps):
-            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            index = self.rows(order[step * self.batch_size : (step + 1) * self.batch_size])
             rng = generator(self.seed, "augment", f"{epoch}.{step}")
             yield step, self.images.index_select(0, index), self.labels.index_select(0, index), rng

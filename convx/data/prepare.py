@@ -41,6 +41,7 @@ KEYS = {
     "classes": None,
     "lossy": False,
     "workers": None,
+    "normalise": None,
 }
 FOLDER_KEYS = ("path", "resize", "classes", "lossy")
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "test_boxes", "validation_indices")
@@ -201,6 +202,13 @@ def check_settings(settings: dict) -> dict:
         raise ValueError(f"data.validation: {share!r} is neither a share below 1 nor a number of training images")
     if share and settings["train_images"] == 0:
         raise ValueError("data.validation: there is nothing to set aside with train_images: 0")
+    if own := settings["normalise"]:
+        channels = facts_of(settings["name"]).channels
+        for key in ("mean", "std"):
+            if len(own[key]) != channels:
+                raise ValueError(
+                    f"data.normalise.{key}: {len(own[key])} numbers, {settings['name']} has {channels} channels"
+                )
     if settings["name"] == "folder":
         if not settings["path"]:
             raise ValueError("data.path: missing; the set `folder` needs the root of its images")
@@ -319,6 +327,7 @@ def _save_validation(folder: Path, labels: np.ndarray, settings: dict, name: str
 
 
 def _meta(settings: dict, facts: SetFacts, size: int, counts: dict, class_names, mean, std) -> dict:
+    own = settings["normalise"] or {"mean": mean, "std": std}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": facts.name,
@@ -326,9 +335,9 @@ def _meta(settings: dict, facts: SetFacts, size: int, counts: dict, class_names,
         "channels": facts.channels,
         "num_classes": len(class_names),
         "class_names": list(class_names),
-        "mean": [float(m) for m in mean],
-        "std": [float(s) for s in std],
-        "statistics_from": facts.statistics_from,
+        "mean": [float(m) for m in own["mean"]],
+        "std": [float(s) for s in own["std"]],
+        "statistics_from": "the study" if settings["normalise"] else facts.statistics_from,
         "counts": counts,
         "licence": facts.licence,
         "settings": {k: settings[k] for k in ("train_images", "test_images", "validation")},

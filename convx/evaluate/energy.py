@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convx.evaluate import Result, evaluation_mode, row
 from convx.manifest import processor
@@ -120,6 +120,23 @@ class Meter:
         except Exception as error:
             self.reason = f"CodeCarbon gave no result: {type(error).__name__}: {error}"
         self._tracker = None
+
+    def add_up(self, world) -> None:
+        """Make the reading the sum of those of all processes that share the work (``convx.distributed.World``)."""
+        if world.size == 1:
+            return
+        import torch
+
+        names, own = ("cpu_kwh", "ram_kwh", "gpu_kwh"), dict.fromkeys(("cpu_kwh", "ram_kwh", "gpu_kwh"), float("nan"))
+        if self.reading is not None and not self.reason:
+            own = {name: getattr(self.reading, name) for name in names}
+            if self.reading.cpu_mode in COUNTERS and world.local:
+                own["cpu_kwh"] = 0.0  # the counter is the node's, and its first process has read it
+        total = {k: v.item() for k, v in world.total({k: torch.tensor(v).double() for k, v in own.items()}).items()}
+        if any(value != value for value in total.values()):
+            self.reason = self.reason or "another process has no reading"
+        else:
+            self.reading = replace(self.reading, **total)
 
     def rows(self, what: str, images: int | None = None, **conditions) -> list[dict]:
         """Return ``<what>_energy`` and ``<what>_carbon``; with ``images``, the number measured, per 1000.

@@ -15,13 +15,16 @@ from convx.evaluate.payload import encode, pack
 TRAINING_SAMPLE = 10_000  # training images, without augmentation, that the gap to the test images is measured on
 
 
-def open_corrupted_set(folder: str | Path):
-    """Open a corrupted test set: one that was built here, or a pointer to unpacked official archives."""
+def open_corrupted_set(folder: str | Path, class_ids: list[str] | None = None):
+    """Open a corrupted test set: one that was built here, or a pointer to unpacked official archives.
+
+    ``class_ids``: for archives of folders, the class folders in the order of the model's outputs.
+    """
     from convx.data.corruptions import open_corrupted, open_official
     from convx.manifest import read_json
 
     meta = read_json(Path(folder) / "meta.json")
-    return open_official(meta["official"]) if "official" in meta else open_corrupted(folder)
+    return open_official(meta["official"], wnids=class_ids) if "official" in meta else open_corrupted(folder)
 
 
 def evaluate_run(
@@ -53,7 +56,7 @@ def evaluate_run(
         names = {"corruptions": wanted["corruptions"]} if wanted.get("corruptions") else {}
         clean = next(row["value"] for row in result.rows if row["metric"] == "top1")
         imagenet = {"imagenet": data_set.meta["num_classes"] == 1000, "clean_top1": clean}
-        corrupted = open_corrupted_set(corrupted_folder)
+        corrupted = open_corrupted_set(corrupted_folder, data_set.meta.get("class_ids"))
         result += corruption.run(model, data, {"split": "test", **names, **imagenet}, corrupted)
     if settings.get("attacks"):
         attacked = data.first(settings["attacks"].get("images"))

@@ -16,7 +16,12 @@ class Objective(nn.Module):
     ``forward(images, labels, rng, progress) -> (loss, {name: detached tensor})``: uint8 images [B, C, H, W] and integer
     labels on the device; ``rng`` is the CPU generator of this batch, ``progress`` the share of training done, in [0, 1).
     The tensors are summed over the epoch and stand in the history divided by the number of images; "correct" is counted.
+
+    ``splits_batch``: whether the loss is a mean over the images of a batch, so that the mean of the gradients of its parts
+    is the gradient of the whole; only then can processes share a batch, or gradients be accumulated.
     """
+
+    splits_batch = False
 
     def exported(self) -> nn.Module:
         """Return the model that is saved and evaluated."""

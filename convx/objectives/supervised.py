@@ -11,6 +11,8 @@ from convx.objectives import Objective
 class Supervised(Objective):
     """Cross-entropy of augmented, normalised batches."""
 
+    splits_batch = True
+
     def __init__(self, model: nn.Module, training: dict, data):
         super().__init__()
         self.model = model

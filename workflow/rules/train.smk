@@ -32,9 +32,12 @@ rule train:
     resources:
         gpu=plan.gpu,
         mem_mb=plan.memory,
+        processes=1,
+        nodes=1,
     params:
         source=plan.train_source,
         carbon=plan.carbon_json,
     shell:
         "convx train {input.recipe} --data {input.data} --start {input.start:q}"
-        " --source {params.source} --carbon {params.carbon:q} --out {output.model} > {log} 2>&1"
+        " --source {params.source} --carbon {params.carbon:q} --out {output.model}"
+        " --processes {resources.processes} --nodes {resources.nodes} > {log} 2>&1"
