@@ -13,6 +13,10 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "dilated_kernel_size": (1, 1023),
     "position_std": (0.0, None),
     "repulsion_start": (0.0, 1.0),
+    "keep": (0.0, 1.0),
+    "coverage": (0.01, 1.0),
+    "tile": (1, 1024),
+    "dense_above": (0.0, 1.0),
 }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from convx import VERBS
 from convx.arguments import check_choices, check_limits
-from convx.replacing import find, is_spatial_conv, replace, stage_names, start_anew
+from convx.replacing import Replacement, example_of, find, is_spatial_conv, replace, stage_names, start_anew
 from convx.seeds import derive, generator
 
 
@@ -329,4 +329,65 @@ def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int =
         else:
             raise ValueError(f"{name} ({type(module).__name__}) cannot start anew: it has no reset_parameters")
         start_anew(module, derive(seed, "start anew", name), reset)
+    return new
+
+
+def focus(
+    model: nn.Module,
+    after: str | list[str] | None = None,
+    threshold: float | None = None,
+    region: Literal["bbox", "tiles", "mask", "input"] = "bbox",
+    fill: Literal["zero", "bias"] = "zero",
+    halo: Literal["exact", "zero", "official"] = "exact",
+    pooling: Literal["masked", "plain"] = "masked",
+    place: Literal["bright", "random", "centre", "given"] = "bright",
+    keep: float | None = None,
+    coverage: float = 1.0,
+    tile: int = 16,
+    dense_above: float = 0.9,
+    backend: Literal["auto", "crop", "tiles", "dense"] = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy that computes only what matters of each image after the layer ``after``; no retraining.
+
+    Focused convolutions, arXiv 2310.07782 and 2207.10741. Takes any network of convolutions (timm's VGG, ResNet, EfficientNet,
+    MobileNet, ConvNeXt, ...) in evaluation mode, with batches of any size; each image has its own region: where the sum over
+    channels of the positive activations of ``after`` reaches ``threshold`` (None: to be set by calibration), or of the ``keep``
+    brightest share of pixels. Batch normalisation is folded first (not for ``halo="official"``, which is the public code's
+    behaviour with its defects). All other arguments: see :class:`convx.layers.focused.Focus`. ``after`` is a module name or
+    ``"{stage-3}"``; a list names candidates for calibration. On a network that is focused already, leave ``after`` out: the
+    arguments given change, threshold and depth stay. Raises ``ValueError`` for an unknown name or choice or a value out of range.
+    """
+    from convx.layers.batchnorm_folding import fold_batchnorm
+    from convx.layers.focused import DEFAULTS, Focused
+
+    check_limits(keep=keep, coverage=coverage, tile=tile, dense_above=dense_above)
+    check_choices(
+        region=(region, ("bbox", "tiles", "mask", "input")),
+        fill=(fill, ("zero", "bias")),
+        halo=(halo, ("exact", "zero", "official")),
+        pooling=(pooling, ("masked", "plain")),
+        place=(place, ("bright", "random", "centre", "given")),
+        backend=(backend, ("auto", "crop", "tiles", "dense")),
+    )
+    given = {"region": region, "fill": fill, "halo": halo, "pooling": pooling, "place": place, "keep": keep}
+    given |= {"coverage": coverage, "tile": tile, "dense_above": dense_above, "backend": backend, "seed": seed}
+    if isinstance(model, Focused):
+        if after is not None:
+            raise ValueError("after: the network is focused already; leave it out to change its other settings")
+        new = copy.deepcopy(model)
+        for layer in new.focus:
+            layer.settings |= {name: value for name, value in given.items() if value != DEFAULTS[name]}
+            if threshold is not None:
+                layer.threshold.fill_(threshold)
+        return new
+    if after is None:
+        raise ValueError("after: missing; name the layer after which the network is to be focused")
+    names = list(find(model, after, lambda module: True, "module", whole=True))
+    if halo != "official":
+        network = fold_batchnorm(model, example_of(model))
+    else:
+        network = copy.deepcopy(model).eval()
+    new = Focused(network, names, threshold, **given)
+    new.surgery_log = [*getattr(model, "surgery_log", []), *(Replacement("focus", n, "", f"focused after, {region}") for n in names)]
     return new
