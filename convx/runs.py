@@ -34,6 +34,12 @@ def set_numerics(training: dict) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+class NoBatches:
+    """The batches of a run that trains nothing: it needs no training images."""
+
+    images, steps, batch_size = (), 1, 1
+
+
 @dataclass(frozen=True)
 class RunData:
     """The data of a run: shape facts, normalisation, and access to its splits."""
@@ -57,8 +63,10 @@ class RunData:
     def normalise(self) -> Normalise:
         return Normalise(self.meta["mean"], self.meta["std"], self.device, self.training["channels_last"])
 
-    def train_batches(self, seed: int) -> Batches | FolderBatches:
+    def train_batches(self, seed: int) -> "Batches | FolderBatches | NoBatches":
         """Return the training batches of one seed: the images on the device, or loaded from a folder by processes."""
+        if self.training["epochs"] == 0:
+            return NoBatches()
         images, labels = self.split("train")
         if isinstance(images, FolderImages):
             return FolderBatches(images.files, labels, self.training, seed, self.device, self.workers)

@@ -340,7 +340,7 @@ def focus(
     fill: Literal["zero", "bias"] = "zero",
     halo: Literal["exact", "zero", "official"] = "exact",
     pooling: Literal["masked", "plain"] = "masked",
-    place: Literal["bright", "random", "centre", "given"] = "bright",
+    place: Literal["bright", "random", "centre", "given", "given_random", "given_centre"] = "bright",
     keep: float | None = None,
     coverage: float = 1.0,
     tile: int = 16,
@@ -359,7 +359,8 @@ def focus(
     arguments given change, threshold and depth stay. Raises ``ValueError`` for an unknown name or choice or a value out of range.
     """
     from convx.layers.batchnorm_folding import fold_batchnorm
-    from convx.layers.focused import DEFAULTS, Focused
+    from convx.layers.focused import DEFAULTS
+    from convx.layers.focused_network import Focused
 
     check_limits(keep=keep, coverage=coverage, tile=tile, dense_above=dense_above)
     check_choices(
@@ -367,7 +368,7 @@ def focus(
         fill=(fill, ("zero", "bias")),
         halo=(halo, ("exact", "zero", "official")),
         pooling=(pooling, ("masked", "plain")),
-        place=(place, ("bright", "random", "centre", "given")),
+        place=(place, ("bright", "random", "centre", "given", "given_random", "given_centre")),
         backend=(backend, ("auto", "crop", "tiles", "dense")),
     )
     given = {"region": region, "fill": fill, "halo": halo, "pooling": pooling, "place": place, "keep": keep}
@@ -389,5 +390,8 @@ def focus(
     else:
         network = copy.deepcopy(model).eval()
     new = Focused(network, names, threshold, **given)
-    new.surgery_log = [*getattr(model, "surgery_log", []), *(Replacement("focus", n, "", f"focused after, {region}") for n in names)]
+    new.surgery_log = [
+        *getattr(model, "surgery_log", []),
+        *(Replacement("focus", n, "", f"focused after, {region}") for n in names),
+    ]
     return new

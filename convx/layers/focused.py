@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .focused_carrier import Passing
-from .focused_layouts import Crops, layout_of
+from .focused_layouts import Crops
 from .focused_map import FocusedMap
 from .focused_official import OfficialMap
 from .focused_regions import Region, bounding_boxes, brightness, moved, scaled, tile_mask
@@ -32,12 +32,21 @@ DEFAULTS = {
 }
 
 
+class Found(Exception):
+    """Carries a region from the insertion point to the network: only the region is wanted, or the image is to be cropped."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+
 class Focus(nn.Module):
     """The threshold layer: activations [B, C, H, W] in, a map of the region of each image out.
 
     ``region``: "bbox", the bounding box of M; "tiles", the tiles of ``tile`` pixels that hold a pixel of M; "mask", M itself;
     "input" crops the image instead, at the box. ``place``: the box as found ("bright"), moved ("random", "centre") or
-    "given" with the images. ``keep`` replaces the threshold by the share of brightest pixels of each image. ``coverage``:
+    "given" with the images, or given and moved ("given_random",
+    "given_centre"). ``keep`` replaces the threshold by the share of brightest pixels of each image. ``coverage``:
     see ``bounding_boxes``. An image whose region covers more than ``dense_above`` of the grid is computed densely, as is one
     without a bright pixel. ``backend`` "crop", "tiles" or "dense" forces how a region is computed; "auto" takes what
     ``costs`` says is fastest. None of them changes the result. ``halo``: "exact", true neighbours around the region at the
@@ -51,9 +60,13 @@ class Focus(nn.Module):
         self.register_buffer("threshold", torch.tensor(math.nan if threshold is None else float(threshold)))
         self.costs: dict = {}
 
+    def brightness(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return what the threshold is compared with, [B, H, W]; the public code sums negative activations too."""
+        return z_BCHW.sum(1) if self.settings["halo"] == "official" else brightness(z_BCHW)
+
     def bright(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         """Return M, bool [B, H, W]."""
-        shine = z_BCHW.sum(1) if self.settings["halo"] == "official" else brightness(z_BCHW)
+        shine = self.brightness(z_BCHW)
         if (keep := self.settings["keep"]) is not None:
             count = max(1, round(keep * shine[0].numel()))
             return shine >= shine.flatten(1).topk(count).values[:, -1].view(-1, 1, 1)
@@ -64,18 +77,20 @@ class Focus(nn.Module):
 
     def boxes(self, z_BCHW: torch.Tensor, given=None, source=None) -> tuple[list, torch.Tensor | None]:
         """Return ([box or None for an empty mask], M or None where the boxes were given)."""
-        size, place = tuple(z_BCHW.shape[2:]), self.settings["place"]
-        if place == "given":
+        size, (way, _, where) = tuple(z_BCHW.shape[2:]), self.settings["place"].partition("_")
+        if way == "given":
             if given is None:
-                raise ValueError("boxes: this network computes given regions; call it with boxes=[B, 4] (left, top, right, bottom)")
+                raise ValueError(
+                    "boxes: this network computes given regions; call it with boxes=[B, 4] (left, top, right, bottom)"
+                )
             rows = given.tolist() if isinstance(given, torch.Tensor) else given
-            return [scaled((t, b, x, r), source, size) for x, t, r, b in rows], None
-        mask = self.bright(z_BCHW)
-        boxes = bounding_boxes(mask, self.settings["coverage"])
-        if place != "bright":
+            boxes, mask = [scaled((y1, y2, x1, x2), source, size) for x1, y1, x2, y2 in rows], None
+        else:
+            mask = self.bright(z_BCHW)
+            boxes, where = bounding_boxes(mask, self.settings["coverage"]), "" if way == "bright" else way
+        if where:
             draws = (brightness(z_BCHW).flatten(1).argmax(1) + self.settings["seed"]).tolist()
-            boxes = [box and moved(box, size, place, draw) for box, draw in zip(boxes, draws)]
-            mask = None
+            boxes, mask = [box and moved(box, size, where, draw) for box, draw in zip(boxes, draws)], None
         return boxes, mask
 
     def region(self, z_BCHW: torch.Tensor, given=None, source=None) -> Region:
@@ -119,7 +134,11 @@ class Focus(nn.Module):
                 return z.values
             z, given, report, source, stop = z.values, z.boxes, z.report, z.source, z.stop
         if not isinstance(z, torch.Tensor) or z.dim() != 4:
-            raise ValueError(f"after: its output is {getattr(z, 'shape', type(z).__name__)}, a map [B, C, H, W] is needed")
+            raise ValueError(
+                f"after: its output is {getattr(z, 'shape', type(z).__name__)}, a map [B, C, H, W] is needed"
+            )
+        if stop in ("brightness", "activations"):
+            raise Found(self.brightness(z) if stop == "brightness" else z)
         if self.settings["halo"] == "official" and not stop:
             boxes, _ = self.boxes(z, given, source)
             return OfficialMap(z, boxes, tuple(z.shape[2:]), report)
@@ -127,81 +146,11 @@ class Focus(nn.Module):
         if report is not None:
             report.append(region)
         if stop or self.settings["region"] == "input":
-            raise _Found(region)
-        if all(box == (0, region.size[0], 0, region.size[1]) for box in region.boxes) and region.mask is None or (
+            raise Found(region)
+        if (all(box == (0, region.size[0], 0, region.size[1]) for box in region.boxes) and region.mask is None) or (
             region.mask is not None and bool(region.mask.all())
         ):
             return z  # everything is dense: the network as it is
         common = {key: self.settings[key] for key in ("fill", "pooling")}
         whole = FocusedMap(region, Crops.whole(region), [z], true=True, **common)
         return whole if self.settings["halo"] == "exact" else whole.settled()
-
-
-class _Found(Exception):
-    """Carries a region from the insertion point to the network: only the region is wanted, or the image is to be cropped."""
-
-    def __init__(self, region: Region):
-        super().__init__()
-        self.region = region
-
-
-class _Hook:
-    def __init__(self, focus: Focus, owner: nn.Module):
-        self.focus, self.owner = focus, owner
-
-    def __call__(self, module, args, output):
-        return self.focus(output) if int(self.owner.depth) == self.focus.place_in_order else None
-
-
-class Focused(nn.Module):
-    """A network whose layers after ``after`` are focused: images [B, C, H, W] in, what the network returns out.
-
-    ``after`` may name several layers, of which ``depth`` (a buffer, set by calibration) is the one in use.
-    ``forward(x, boxes=None, report=None)``: ``boxes`` [B, 4] (left, top, right, bottom in pixels of x, the last two
-    exclusive) for ``place="given"``; ``report`` is a list that gets the :class:`Region` at the insertion point, or the notes of
-    ``OfficialMap``. ``dense(x)`` is the network without focus.
-    """
-
-    input_dependent = True  # cost and latency depend on the pixels: measure them on images
-
-    def __init__(self, model: nn.Module, after: list[str], threshold: float | None = None, **settings):
-        super().__init__()
-        self.model, self.after = model, list(after)
-        self.register_buffer("depth", torch.tensor(0))
-        self.focus = nn.ModuleList(Focus(threshold, k, **settings) for k in range(len(self.after)))
-        for name, focus in zip(self.after, self.focus):
-            model.get_submodule(name).register_forward_hook(_Hook(focus, self))
-
-    @property
-    def takes_boxes(self) -> bool:
-        return self.focus[0].settings["place"] == "given"
-
-    def forward(self, x, boxes=None, report: list | None = None):
-        if boxes is None and report is None and self.focus[0].settings["region"] != "input":
-            return self.model(x)
-        try:
-            out = self.model(Passing(x, boxes, report=report, source=tuple(x.shape[2:])))
-        except _Found as found:
-            return self._of_crops(x, found.region)
-        return out.tensor() if isinstance(out, Passing) else out
-
-    def _of_crops(self, x, region: Region):
-        """Return the outputs for the images cropped to their boxes, each computed alone from the first layer on."""
-        rows = []
-        for image, box in zip(x, region.boxes):
-            y1, y2, x1, x2 = scaled(box, region.size, tuple(x.shape[2:]))
-            rows.append(self.dense(image[None, :, y1:y2, x1:x2]))
-        return torch.cat(rows)
-
-    def dense(self, x):
-        """Return the outputs of the network without focus."""
-        out = self.model(Passing(x, dense=True))
-        return out.tensor() if isinstance(out, Passing) else out
-
-    def region(self, x, boxes=None) -> Region:
-        """Return the regions of a batch at the insertion point; what follows it is not computed."""
-        try:
-            self.model(Passing(x, boxes, source=tuple(x.shape[2:]), stop=True))
-        except _Found as found:
-            return found.region
-        raise ValueError(f"after: {self.after[int(self.depth)]} did not run")

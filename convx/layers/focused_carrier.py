@@ -62,7 +62,9 @@ def plain(value):
 class Passing(Carrier):
     """A plain tensor on its way to the insertion point, with the boxes of its images, or with the word to stay dense."""
 
-    def __init__(self, values: torch.Tensor, boxes=None, dense=False, report: list | None = None, source=None, stop=None):
+    def __init__(
+        self, values: torch.Tensor, boxes=None, dense=False, report: list | None = None, source=None, stop=None
+    ):
         self.values, self.boxes, self.dense, self.report = values, boxes, dense, report
         self.source, self.stop = source, stop
 

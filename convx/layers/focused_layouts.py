@@ -96,7 +96,7 @@ class Crops:
     def paste(self, values, background=None) -> torch.Tensor:
         """Return the whole map [B, C, H, W]."""
         whole = Crops.whole(self.region)
-        return values[0] if self._is_whole() else self.windows(values, whole, SAME, background)[0][0]
+        return values[0] if self._is_whole() else moved(self, values, whole, background)[0]
 
 
 class Tiles:
@@ -132,8 +132,16 @@ class Tiles:
         z_CTT = torch.cat([values[0], _new(values[0], (1, *values[0].shape[1:]))])
         n, channels = len(values[0]), values[0].shape[1]
         window = _new(values[0], (n, channels, side + p + after[0], side + q + after[1]))
-        rows = ((slice(0, p), slice(side - p, side)), (slice(p, p + side), slice(0, side)), (slice(p + side, None), slice(0, after[0])))
-        columns = ((slice(0, q), slice(side - q, side)), (slice(q, q + side), slice(0, side)), (slice(q + side, None), slice(0, after[1])))
+        rows = (
+            (slice(0, p), slice(side - p, side)),
+            (slice(p, p + side), slice(0, side)),
+            (slice(p + side, None), slice(0, after[0])),
+        )
+        columns = (
+            (slice(0, q), slice(side - q, side)),
+            (slice(q, q + side), slice(0, side)),
+            (slice(q + side, None), slice(0, after[1])),
+        )
         for dy, (to_y, from_y) in enumerate(rows):
             for dx, (to_x, from_x) in enumerate(columns):
                 if (dy, dx) == (1, 1):
@@ -165,6 +173,12 @@ class Tiles:
         b, y, x = self.at
         cells.permute(0, 2, 4, 1, 3, 5)[b, y, x] = values[0]
         return full[:, :, :height, :width]
+
+
+def moved(source, values, target, background=None) -> list[torch.Tensor]:
+    """Return values of one layout in another one of the same grid."""
+    windows = source.windows(values, target, SAME, background)
+    return [F.pad(window, (x, x, y, y)) if y or x else window for window, (y, x) in windows]
 
 
 def layout_of(region: Region):

@@ -11,16 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from .focused_carrier import Carrier, plain
-from .focused_layouts import SAME, layout_of, of_images
+from .focused_layouts import layout_of, moved, of_images
 from .focused_windows import Windows, masked
 
-POINTWISE = set(
-    """relu relu_ relu6 silu silu_ gelu hardswish hardswish_ hardtanh hardtanh_ hardsigmoid sigmoid sigmoid_ tanh tanh_
+POINTWISE = """
+    relu relu_ relu6 silu silu_ gelu hardswish hardswish_ hardtanh hardtanh_ hardsigmoid sigmoid sigmoid_ tanh tanh_
     leaky_relu elu elu_ selu mish softplus clamp clamp_ exp batch_norm layer_norm dropout dropout_ alpha_dropout
-    feature_dropout contiguous clone float half bfloat16 double to type neg abs square sqrt pow __pow__""".split()
-)
-KEEPS_ZERO = set("relu relu_ relu6 silu silu_ gelu hardswish hardswish_ dropout dropout_ contiguous clone".split())
-_PAIRS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "multiply": operator.mul, "div": operator.truediv}
+    feature_dropout contiguous clone float half bfloat16 double to type neg abs square sqrt pow __pow__
+""".split()  # noqa: SIM905
+KEEPS_ZERO = "relu relu_ relu6 silu silu_ gelu hardswish hardswish_ dropout dropout_ contiguous clone".split()  # noqa: SIM905
+_PAIRS = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "multiply": operator.mul,
+    "div": operator.truediv,
+}
 PAIRS = {
     "__truediv__": operator.truediv,
     "__itruediv__": operator.truediv,
@@ -92,9 +98,7 @@ class FocusedMap(Windows, Carrier):
 
     def moved(self, layout) -> list[torch.Tensor]:
         """Return the values in another layout of the same grid."""
-        if layout is self.layout:
-            return self.values
-        return [window for window, _ in self.layout.windows(self.values, layout, SAME, self.background)]
+        return self.values if layout is self.layout else moved(self.layout, self.values, layout, self.background)
 
     def settled(self) -> "FocusedMap":
         """Return the map with what is outside the region set to the fill, in the layout of its region."""
@@ -159,19 +163,23 @@ def _both(operation, a, b):
             if tuple(spatial) not in ((1, 1), (1,), ()) or (other.dim() < 3 and not lead.last):
                 return NotImplemented
 
-    moved = {id(m): m.moved(lead.layout) for m in maps}
+    placed = {id(m): m.moved(lead.layout) for m in maps}
     batch, values = len(lead.region.boxes), []
     for g, images in enumerate(lead.layout.images):
         pair = [
-            moved[id(v)][g] if isinstance(v, FocusedMap) else of_images(v, images, batch) if isinstance(v, torch.Tensor) else v
+            placed[id(v)][g]
+            if isinstance(v, FocusedMap)
+            else of_images(v, images, batch)
+            if isinstance(v, torch.Tensor)
+            else v
             for v in (a, b)
         ]
         values.append(operation(*pair))
     if len({m.true for m in maps}) == 2:  # the true values beside the region are not kept: the sum is masked
         return lead._but(values=masked(lead.layout, values, lead.background))
-    if all(m.background is None for m in maps) and operation is not operator.truediv:
-        if len(maps) == 2 or operation is operator.mul:
-            return lead._but(values=values)
+    zero = all(m.background is None for m in maps) and operation is not operator.truediv
+    if zero and (len(maps) == 2 or operation is operator.mul):
+        return lead._but(values=values)
     return lead._with(values, operation(*(v.around() if isinstance(v, FocusedMap) else v for v in (a, b))))
 
 

@@ -33,7 +33,9 @@ class OfficialMap(Carrier):
 
     @classmethod
     def handle(cls, function, args, kwargs):
-        first = next((a for a in [*args, *(args[0] if args and isinstance(args[0], list | tuple) else [])] if isinstance(a, cls)))
+        first = next(
+            a for a in [*args, *(args[0] if args and isinstance(args[0], list | tuple) else [])] if isinstance(a, cls)
+        )
         if getattr(function, "__name__", "") == "conv2d" and args[0] is first:
             out = first._convolved(*args[1:], **kwargs)
         else:

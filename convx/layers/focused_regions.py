@@ -117,7 +117,8 @@ class Region:
         key = (stride, size)
         if key not in self._down:
             boxes = tuple(
-                _down_axis(y1, y2, stride[0], self.size[0], size[0]) + _down_axis(x1, x2, stride[1], self.size[1], size[1])
+                _down_axis(y1, y2, stride[0], self.size[0], size[0])
+                + _down_axis(x1, x2, stride[1], self.size[1], size[1])
                 for y1, y2, x1, x2 in self.boxes
             )
             mask = None if self.mask is None else down_mask(self.mask, stride, size)
