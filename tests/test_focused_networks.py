@@ -86,7 +86,7 @@ def test_a_focused_network_is_the_masked_dense_one(name, after, region):
     from timm.models.resnet import BasicBlock
 
     net, x = network(name), pictures()
-    focused = convx.focus(net, after, keep=0.2, coverage=0.9, region=region, pooling="plain", tile=8, dense_above=1.0)
+    focused = convx.focus(net, after, keep=0.2, coverage=0.9, region=region, pooling="plain", tile=4, dense_above=1.0)
     mask = focused.region(x).full_mask()
     assert 0.1 < mask.float().mean() < 0.8
     folded = fold_batchnorm(net, x[:1])
@@ -140,7 +140,7 @@ def test_values_stay_cropped_until_the_end():
 
     with Spy():
         focused(x)
-    later = [v for v in list(sizes.values())[2:-2]]
+    later = list(sizes.values())[2:-2]
     assert area < 0.5 and all(min(found) < 16 * 16 * 0.8 for found in later[:2])
     assert len(later) >= 4
 

@@ -324,18 +324,17 @@ def _write_folder(settings: dict, facts: SetFacts, folder: Path, mirrors: Sequen
             )
     return _meta(settings, facts, settings["resize"]["size"], counts, index.class_names, facts.mean, facts.std) | {
         "kind": "folder",
-            "root": str(index.root),
-            "resize": settings["resize"],
-            "class_ids": index.class_names,
-            "source": {
-                "kind": "folder",
-                "files": [],
-                "checksums": "none: names, sizes and labels are indexed, not contents",
-            },
-            "lossy": bool(settings["lossy"]),
-            "provenance": f"image folder with splits {index.found}; decoded on access as RGB",
-        }
-    )
+        "root": str(index.root),
+        "resize": settings["resize"],
+        "class_ids": index.class_names,
+        "source": {
+            "kind": "folder",
+            "files": [],
+            "checksums": "none: names, sizes and labels are indexed, not contents",
+        },
+        "lossy": bool(settings["lossy"]),
+        "provenance": f"image folder with splits {index.found}; decoded on access as RGB",
+    }
 
 
 def _save_validation(folder: Path, labels: np.ndarray, settings: dict, name: str) -> None:
