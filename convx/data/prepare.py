@@ -40,6 +40,7 @@ KEYS = {
     "resize": None,
     "classes": None,
     "lossy": False,
+    "canvas": None,
     "workers": None,
     "normalise": None,
 }
@@ -209,6 +210,8 @@ def check_settings(settings: dict) -> dict:
                 raise ValueError(
                     f"data.normalise.{key}: {len(own[key])} numbers, {settings['name']} has {channels} channels"
                 )
+    if settings["canvas"] and settings["name"] != "canvas":
+        raise ValueError(f"data.canvas: only the set `canvas` takes it, not {settings['name']}")
     if settings["name"] == "folder":
         if not settings["path"]:
             raise ValueError("data.path: missing; the set `folder` needs the root of its images")
