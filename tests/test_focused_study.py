@@ -250,7 +250,7 @@ def test_calibration_says_what_it_lacks(digits, tmp_path):
         create(focused, recipe | {"objective": {"name": "calibrated", "max_flip": 1}}, data)
     with pytest.raises(ValueError, match=r"training.epochs: calibrated trains nothing"):
         create(focused, recipe | {"training": recipe["training"] | {"epochs": 1}}, data)
-    with pytest.raises(Failure, match="set data.validation above 0"):
+    with pytest.raises(Failure, match=r"set data.validation above 0"):
         empty = RunData(data.folder, data.meta, data.training, data.device)
         object.__setattr__(
             empty, "split", lambda name: (torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0).long())
