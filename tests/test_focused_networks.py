@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convx
 from convx.layers.batchnorm_folding import fold_batchnorm, follows
@@ -128,21 +129,19 @@ def test_values_stay_cropped_until_the_end():
     """No map of the whole grid is made after the insertion point: only crops are convolved."""
     net, x = network("vgg11"), pictures(1)
     focused = convx.focus(net, "features.3", keep=0.2, coverage=0.9)
-    area = focused.region(x).kept[0] / 32**2
-    sizes = {}
-    conv = F.conv2d
+    area, sizes = focused.region(x).kept[0] / 32**2, []
 
-    class Spy(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is conv and isinstance(args[0], torch.Tensor):
-                sizes.setdefault(args[1].shape, []).append(args[0].shape[2] * args[0].shape[3])
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                sizes.append(args[0].shape[2] * args[0].shape[3])
             return function(*args, **(kwargs or {}))
 
-    with Spy():
+    with torch.no_grad(), Spy():
         focused(x)
-    later = list(sizes.values())[2:-2]
-    assert area < 0.5 and all(min(found) < 16 * 16 * 0.8 for found in later[:2])
-    assert len(later) >= 4
+    assert area < 0.45 and sizes[:2] == [64 * 64, 32 * 32]  # the early part
+    grids = [16 * 16, 16 * 16, 8 * 8, 8 * 8]
+    assert all(found < 0.7 * grid for found, grid in zip(sizes[2:6], grids)), sizes
 
 
 def test_folding_keeps_the_function_and_leaves_what_it_cannot_fold():
@@ -211,6 +210,8 @@ def test_errors_name_what_is_wrong():
         convx.focus(net, "layer1", region="box")
     with pytest.raises(ValueError, match="is out of range"):
         convx.focus(net, "layer1", keep=1.5)
+    maps = convx.focus(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), "1", keep=0.3)
+    assert type(maps(x)) is torch.Tensor and maps(x).shape == (1, 2, 64, 64)  # a network that ends in a map
     with pytest.raises(ValueError, match="a map"):
         convx.focus(net, "fc", threshold=1.0)(x)
 

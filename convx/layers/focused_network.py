@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .focused import Focus, Found
-from .focused_carrier import Passing
+from .focused_carrier import Passing, plain
 from .focused_regions import Region, scaled
 
 
@@ -41,12 +41,12 @@ class Focused(nn.Module):
 
     def forward(self, x, boxes=None, report: list | None = None):
         if boxes is None and report is None and self.focus[0].settings["region"] != "input":
-            return self.model(x)
+            return plain(self.model(x))
         try:
             out = self.model(Passing(x, boxes, report=report, source=tuple(x.shape[2:])))
         except Found as found:
             return self._of_crops(x, found.found)
-        return out.tensor() if isinstance(out, Passing) else out
+        return plain(out)
 
     def _of_crops(self, x, region: Region):
         """Return the outputs for the images cropped to their boxes, each computed alone from the first layer on."""
@@ -58,8 +58,7 @@ class Focused(nn.Module):
 
     def dense(self, x):
         """Return the outputs of the network without focus."""
-        out = self.model(Passing(x, dense=True))
-        return out.tensor() if isinstance(out, Passing) else out
+        return plain(self.model(Passing(x, dense=True)))
 
     def region(self, x, boxes=None) -> Region:
         """Return the regions of a batch at the insertion point; what follows it is not computed."""

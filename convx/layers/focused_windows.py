@@ -100,7 +100,7 @@ class Windows:
 
         return self._slide(geometry, size, pool, self.background)
 
-    def pooled(self, name, dim=None, keepdim=False, dtype=None, output_size=None):
+    def pooled(self, name, dim=None, keepdim=False, dtype=None, output_size=None, return_indices=False):
         """Pool each image over its region ("masked") or over the whole grid ("plain"): [B, C, 1, 1] or [B, C]."""
         if name.startswith("adaptive"):
             output_size = dim if output_size is None else output_size
@@ -111,7 +111,7 @@ class Windows:
             over = {d % 4 for d in ([dim] if isinstance(dim, int) else dim or [])}
             if dtype is not None or over != ({1, 2} if self.last else {2, 3}):
                 return NotImplemented
-        if self.pads:
+        if self.pads or return_indices:
             return NotImplemented
         here = self.settled()
         here = here._turned() if here.last else here
@@ -140,7 +140,8 @@ class Windows:
         count, area = self._counts(), self.region.size[0] * self.region.size[1]
         total = self.values[0].new_full((len(count), self.channels, 1, 1), -torch.inf)
         for value, index in self._parts(-torch.inf):
-            total = total.index_reduce(0, index, value.amax((2, 3), keepdim=True), "amax")
+            part = value.amax((2, 3), keepdim=True)
+            total = total.scatter_reduce(0, index.view(-1, 1, 1, 1).expand_as(part), part, "amax")
         if self.pooling == "plain":
             return torch.where(count < area, torch.maximum(total, self.around()), total)
         return total
