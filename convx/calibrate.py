@@ -16,7 +16,7 @@ def run(
     held_out: float = 0.5,
     max_flips: float = 0.05,
     confidence: float = 0.95,
-    steps: int = 12,
+    steps: int = 8,
     batch_size: int = 25,
     measure: bool = True,
     **settings,

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .focused_layouts import layout_of, of_images
+from .focused_layouts import Crops, layout_of, of_images
 
 
 def pair(value) -> tuple[int, int]:
@@ -54,6 +54,11 @@ class Windows:
         values = masked(target, [operate(x, pad) for x, pad in windows], background, finite=outside == 0)
         return self._but(region=region, layout=target, values=values, background=background, true=False, pads=None)
 
+    def _whole(self, geometry, size, values):
+        """Return a pooled map as one that is still true everywhere, so that the first convolution has its halo."""
+        region = self.region.down(geometry[0], size)
+        return self._but(region=region, layout=Crops.whole(region), values=[values])
+
     def on_conv2d(self, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if self.last or (self.pads and self.pads[1]):
             return NotImplemented
@@ -72,6 +77,8 @@ class Windows:
         if self.last or ceil_mode or return_indices or (self.pads and edge != -torch.inf and any(pair(padding))):
             return NotImplemented
         geometry, size = self._reach(kernel, stride, padding, dilation)
+        if self.true and not self.pads:
+            return self._whole(geometry, size, F.max_pool2d(self.values[0], kernel, stride, padding, dilation))
         (_, before, extent), sides = geometry, self.region.size
         inner = all(p == 0 and (m - 1) * s + e <= n for p, m, s, e, n in zip(before, size, stride, extent, sides))
 
@@ -93,6 +100,9 @@ class Windows:
         if padded and self.background is not None:
             return NotImplemented  # the border would have another background
         geometry, size = self._reach(kernel, stride, padding, (1, 1))
+        if self.true and not self.pads:
+            settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+            return self._whole(geometry, size, F.avg_pool2d(self.values[0], *settings))
 
         def pool(x, pad):
             x = F.pad(x, (pad[1], pad[1], pad[0], pad[0])) if any(pad) else x

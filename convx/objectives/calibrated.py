@@ -36,7 +36,7 @@ def candidates(brightness_NHW: torch.Tensor, steps: int) -> list[float]:
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, batches: list[torch.Tensor], max_flips=0.05, confidence=0.95, steps=12) -> list[dict]:
+def calibrate(model: nn.Module, batches: list[torch.Tensor], max_flips=0.05, confidence=0.95, steps=8) -> list[dict]:
     """Set threshold and depth of a focused network in place; return one row for each pair that was tested.
 
     ``batches``: model inputs [B, C, H, W]. Of the depths, the one whose chosen threshold costs the fewest
@@ -126,7 +126,7 @@ class Calibrated(Objective):
 
 
 def create(model: nn.Module, settings: dict, training: dict, data) -> Calibrated:
-    """Build the objective. ``settings``: ``max_flips`` (0.05), ``confidence`` (0.95), ``steps`` (12), ``images`` (all)."""
+    """Build the objective. ``settings``: ``max_flips`` (0.05), ``confidence`` (0.95), ``steps`` (8), ``images`` (all)."""
     for name in settings:
         if name not in ("max_flips", "confidence", "steps", "images"):
             raise ValueError(f"objective.{name}: calibrated has max_flips, confidence, steps and images")

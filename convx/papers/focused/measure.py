@@ -13,7 +13,7 @@ from convx.layers.focused_costs import cost_table, layer_costs
 from convx.layers.focused_network import Focused
 from convx.statistics import t_interval
 
-IMAGES = 40  # test images that are timed one by one
+IMAGES = 16  # test images that are timed one by one
 ROUNDS = 5
 
 
@@ -71,7 +71,7 @@ def _image(model: Focused, x_NCHW, boxes, place: int) -> tuple[float, float, flo
         "dense": lambda: model.dense(x),
         "focused": lambda: output_of(model, x, mine),
     }
-    times = paired(calls, rounds=ROUNDS + 1, seconds=2.0, seed=place)
+    times = paired(calls, rounds=ROUNDS + 1, seconds=1.0, seed=place)
     z = model.activations(x)
     focus = model.focus[int(model.depth)]
     of_mask = paired({"mask": lambda: focus.region(z, mine, tuple(x.shape[2:]))}, rounds=ROUNDS + 1, seconds=0.5)
