@@ -339,3 +339,26 @@ def test_calibrate_on_the_command_line(tmp_path, capsys):
     assert main([*words, "--held-out", "2"]) == 2
     assert main(["calibrate", "--model", "tf_efficientnet_lite1x", "--data", ".", "--after", "x"]) == 2
     assert os.linesep not in capsys.readouterr().err.strip()
+
+
+def test_a_tuned_network_is_dense_where_focus_does_not_pay(monkeypatch):
+    from convx.layers import focused_costs
+
+    x = torch.cat(batches(1))
+    focused = convx.focus(small_network(), "1", keep=0.2, coverage=0.9, dense_above=1.0)
+    before, dense = focused(x), focused.dense(x)
+    shares = [kept / 256 for kept in focused.region(x).kept]
+    for most in (0.0, sorted(shares)[10], 1.0):
+        tuned = convx.focus(small_network(), "1", keep=0.2, coverage=0.9, dense_above=1.0)
+        monkeypatch.setattr(focused_costs, "break_even", lambda *_, most=most: most)
+        assert tuned.tune(x[:1]) == most
+        above = torch.tensor(shares) > most
+        torch.testing.assert_close(tuned(x)[above], dense[above])
+        torch.testing.assert_close(tuned(x)[~above], before[~above], atol=1e-5, rtol=1e-4)
+    monkeypatch.undo()
+    clock = iter([3.0, 2.0] * 3 + [3.0, 4.0] * 3)  # focused is slower at the first share that is tried
+    monkeypatch.setattr(focused_costs, "_milliseconds", lambda *_: next(clock))
+    assert focused_costs.break_even(focused, x[:1], repeats=3) == 0.0
+    times = [(1.0, 2.0), (1.0, 2.0), (2.0, 2.5), (3.0, 2.5), (9.0, 1.0)]  # ratios 0.5, 0.5, 0.8, 1.2
+    clock = iter([ms for pair in times for ms in pair])
+    assert focused_costs.break_even(focused, x[:1], repeats=1) == pytest.approx(0.5 + 0.25 * 0.2 / 0.4)

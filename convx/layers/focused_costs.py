@@ -1,5 +1,6 @@
 """What each convolution of a focused network costs on this machine: dense, cropped and in tiles."""
 
+import copy
 import time
 
 import torch
@@ -11,6 +12,7 @@ from .focused_map import FocusedMap
 from .focused_regions import Region
 
 REPEATS = 5
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def _milliseconds(call, repeats: int) -> float:
@@ -88,3 +90,31 @@ def cost_table(rows: list[dict]) -> dict:
         shares = sum(row["tile_pixels"] for row in mine) / len(mine)
         table[grid] = {"overhead": overhead / pixel, "tiles": max(1.0, (tiles - overhead) / (pixel * shares))}
     return table
+
+
+@torch.inference_mode()
+def break_even(model: nn.Module, x_1CHW: torch.Tensor, repeats: int = REPEATS) -> float:
+    """Return the largest share of the map up to which a focused network is faster than the dense one here, 0 for never.
+
+    The whole network is timed with boxes of ``SHARES`` of the area in the middle of one image, by turns with the dense one;
+    between two shares the ratio is taken to be linear.
+    """
+    boxed = copy.deepcopy(model)
+    for focus in boxed.focus:
+        focus.settings |= {"place": "given", "dense_above": 1.0}
+    height, width = x_1CHW.shape[2:]
+    last = (0.0, None)
+    for share in SHARES:
+        part = (1 - share**0.5) / 2
+        box = [(part * width, part * height, (1 - part) * width, (1 - part) * height)]
+        pairs = [
+            (_milliseconds(lambda b=box: boxed(x_1CHW, boxes=b), 1), _milliseconds(lambda: boxed.dense(x_1CHW), 1))
+            for _ in range(repeats)
+        ]
+        ratio = sorted(ours / dense for ours, dense in pairs)[repeats // 2]
+        if ratio >= 1:
+            if last[1] is None:
+                return 0.0
+            return last[0] + (share - last[0]) * (1 - last[1]) / (ratio - last[1])
+        last = (share, ratio)
+    return last[0]

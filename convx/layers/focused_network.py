@@ -60,6 +60,23 @@ class Focused(nn.Module):
         """Return the outputs of the network without focus."""
         return plain(self.model(Passing(x, dense=True)))
 
+    def tune(self, x) -> float:
+        """Measure costs with one image x [1, C, H, W] on this machine and plan by them; return the break-even share.
+
+        Crops are grouped by the measured table, which changes no output. Images whose region is above the break-even share
+        are computed densely from now on, so that focus is never slower than the dense network by more than the region
+        costs; their outputs are then those of the network without focus.
+        """
+        from .focused_costs import break_even, cost_table, layer_costs
+
+        table = cost_table(layer_costs(self, x))
+        for focus in self.focus:
+            focus.costs = table
+        most = break_even(self, x)
+        for focus in self.focus:
+            focus.settings["dense_above"] = min(most, focus.settings["dense_above"])
+        return most
+
     def region(self, x, boxes=None) -> Region:
         """Return the regions of a batch at the insertion point; what follows it is not computed."""
         return self._early(x, boxes, "region")

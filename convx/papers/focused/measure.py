@@ -3,6 +3,8 @@
 Called by the step that owns the machine. The table of costs that it measures is what the network then plans its crops with.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,9 +24,10 @@ def run(networks: dict[str, nn.Module], recipe: dict, data: EvaluationData, sett
 
     Rows: ``image_latency_ratio``, focused over dense, by ``statistic``: sum (over the images, of both) and geometric (mean
     of the images' ratios, with Student's 95 % interval over images, geometric_low and geometric_high); ``mask_cost``, what
-    finding the region takes in percent of the dense latency. Arrays: ``image_latency`` [n, 3]: kept percent, dense ms, focused ms;
-    ``layer_cost`` [layers, 4]: MACs / 1e6, dense ms, crop ms and tiles ms of a quarter of the map. The measured costs are
-    given to the network.
+    finding the region takes in percent of the dense latency; ``break_even`` and ``tuned_latency_ratio``, the share above which
+    dense is faster and the ratio of sums when such images are computed densely. Arrays: ``image_latency`` [n, 3]: kept
+    percent, dense ms, focused ms; ``layer_cost`` [layers, 4]: MACs / 1e6, dense ms, crop ms and tiles ms of a quarter of
+    the map. The measured costs are given to the network.
     """
     model = next(iter(networks.values()))
     if not isinstance(model, Focused) or not settings.get("latency"):
@@ -43,6 +46,9 @@ def run(networks: dict[str, nn.Module], recipe: dict, data: EvaluationData, sett
             for focus in model.focus:
                 focus.costs = cost_table(layers)
             measured = np.array([_image(model, x_NCHW, sample.boxes, place) for place in range(len(x_NCHW))])
+            tuned = copy.deepcopy(model)
+            most = tuned.tune(x_NCHW[:1])
+            dispatched = np.array([_image(tuned, x_NCHW, sample.boxes, place)[:3] for place in range(len(x_NCHW))])
     finally:
         torch.set_num_threads(before)
     kept, dense, focused, mask = measured.T
@@ -55,6 +61,11 @@ def run(networks: dict[str, nn.Module], recipe: dict, data: EvaluationData, sett
         row("image_latency_ratio", v, "ratio", n=len(kept), method=method, statistic=k, **where)
         for k, v in values.items()
     ]
+    said = "largest kept share up to which the network is faster than dense here, boxes in the middle of one image"
+    rows.append(row("break_even", 100 * most, "%", method=said, **where))
+    said = f"as image_latency_ratio, images above the break-even share computed densely; {method}"
+    ratio = dispatched[:, 2].sum() / dispatched[:, 1].sum()
+    rows.append(row("tuned_latency_ratio", ratio, "ratio", n=len(kept), method=said, **where))
     said = "time of finding the region from the activations, over the dense latency, median over images"
     rows.append(row("mask_cost", 100 * np.median(mask / dense), "%", n=len(kept), method=said, **where))
     table = np.array([[r["macs"] / 1e6, r["dense"], r["crop"], r["tiles"]] for r in layers]).reshape(-1, 4)
