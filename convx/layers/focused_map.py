@@ -14,12 +14,13 @@ from .focused_carrier import Carrier, plain
 from .focused_layouts import layout_of, moved, of_images
 from .focused_windows import Windows, masked
 
-POINTWISE = """
+_POINTWISE = """
     relu relu_ relu6 silu silu_ gelu hardswish hardswish_ hardtanh hardtanh_ hardsigmoid sigmoid sigmoid_ tanh tanh_
     leaky_relu elu elu_ selu mish softplus clamp clamp_ exp batch_norm layer_norm dropout dropout_ alpha_dropout
     feature_dropout contiguous clone float half bfloat16 double to type neg abs square sqrt pow __pow__
-""".split()  # noqa: SIM905
-KEEPS_ZERO = "relu relu_ relu6 silu silu_ gelu hardswish hardswish_ dropout dropout_ contiguous clone".split()  # noqa: SIM905
+"""
+POINTWISE = frozenset(_POINTWISE.split())
+KEEPS_ZERO = POINTWISE & set("relu relu_ relu6 silu silu_ gelu hardswish dropout dropout_ contiguous clone".split())
 _PAIRS = {
     "add": operator.add,
     "sub": operator.sub,
