@@ -19,8 +19,8 @@ _POINTWISE = """
     leaky_relu elu elu_ selu mish softplus clamp clamp_ exp batch_norm layer_norm dropout dropout_ alpha_dropout
     feature_dropout contiguous clone float half bfloat16 double to type neg abs square sqrt pow __pow__
 """
-POINTWISE = frozenset(_POINTWISE.split())
-KEEPS_ZERO = POINTWISE & set("relu relu_ relu6 silu silu_ gelu hardswish dropout dropout_ contiguous clone".split())
+_KEEPS_ZERO = "relu relu_ relu6 silu silu_ gelu hardswish dropout dropout_ contiguous clone"
+POINTWISE, KEEPS_ZERO = frozenset(_POINTWISE.split()), frozenset(_KEEPS_ZERO.split())
 _PAIRS = {
     "add": operator.add,
     "sub": operator.sub,
