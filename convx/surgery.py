@@ -356,7 +356,8 @@ def focus(
     brightest share of pixels. Batch normalisation is folded first (not for ``halo="official"``, which is the public code's
     behaviour with its defects). All other arguments: see :class:`convx.layers.focused.Focus`. ``after`` is a module name or
     ``"{stage-3}"``; a list names candidates for calibration. On a network that is focused already, leave ``after`` out: what
-    is given and not the default changes, threshold and depth stay. Raises ``ValueError`` for an unknown name or choice or a value out of range.
+    is given and not the default changes, threshold and depth stay.
+    Raises ``ValueError`` for an unknown name or choice or a value out of range.
     """
     from convx.layers.batchnorm_folding import fold_batchnorm
     from convx.layers.focused import DEFAULTS
