@@ -377,11 +377,13 @@ def focus(
     if isinstance(model, Focused):
         if after is not None:
             raise ValueError("after: the network is focused already; leave it out to change its other settings")
-        new = copy.deepcopy(model)
+        new, changed = copy.deepcopy(model), {key: value for key, value in given.items() if value != DEFAULTS[key]}
         for layer in new.focus:
-            layer.settings |= {name: value for name, value in given.items() if value != DEFAULTS[name]}
+            layer.settings |= changed
             if threshold is not None:
                 layer.threshold.fill_(threshold)
+        words = ", ".join(f"{key}={value}" for key, value in changed.items())
+        new.surgery_log = [*model.surgery_log, *(Replacement("focus", n, "focused after", words) for n in model.after)]
         return new
     if after is None:
         raise ValueError("after: missing; name the layer after which the network is to be focused")
