@@ -10,6 +10,7 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
+from convx.arguments import IN_A_VARIANT
 from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
 from convx.scale import mark, scaled_epoch, shorten
 
@@ -32,6 +33,7 @@ def declared_variants() -> dict[str, dict]:
             if name in found:
                 raise ConfigError(f"{where}: variant {name!r} is declared in papers/{found[name]['paper']} already")
             check_surgery(entry.get("surgery", []), f"{where}: {name}.surgery")
+            check_objective(entry.get("objective", {"name": "supervised"}), f"{where}: {name}.objective")
             found[name] = entry | {"paper": file.parent.name}
     return found
 
@@ -56,6 +58,9 @@ def check_surgery(steps: list[dict], where: str) -> None:
         verb = step["verb"]
         if verb not in verbs:
             raise ConfigError(f"{here}.verb: {verb!r} is unknown{nearest(verb, verbs)}")
+        for key, (value, why) in IN_A_VARIANT.get(verb, {}).items():
+            if step.get(key) != value:
+                raise ConfigError(f"{here}.{key}: in a variant {verb} takes {key}: {value} ({why})")
         for key, value in step.items():
             if key == "verb":
                 continue
@@ -75,6 +80,22 @@ def check_surgery(steps: list[dict], where: str) -> None:
                 if (low is not None and number < low) or (high is not None and number > high):
                     bounds = f"{'' if low is None else f'{low} <= '}{key}{'' if high is None else f' <= {high}'}"
                     raise ConfigError(f"{here}.{key}: {value!r} is out of range, it must be {bounds}")
+
+
+def check_objective(objective: dict, where: str) -> None:
+    """Check an objective's name and, where its file has a table of them, its settings."""
+    from convx.arguments import check_settings
+    from convx.source import objective_settings
+
+    try:
+        table = objective_settings(objective["name"])
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
+    if table is not None:
+        try:
+            check_settings(where, {k: v for k, v in objective.items() if k != "name"}, table)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_function(value, here: str) -> None:
@@ -132,6 +153,7 @@ def _check_study(study: dict, where: str) -> None:
         _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
         _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
+        check_objective(merged["objective"], f"{here}.objective")
         try:
             check_name(merged["model"]["name"])
             if merged["model"].get("weights"):
@@ -140,6 +162,7 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(f"{here}: {error}") from None
     for name in variants:
         _check_start(study, name, where)
+        _check_teacher(study, name, where)
 
 
 def _check_recipe(recipe: dict, here: str, data: dict) -> None:
@@ -228,6 +251,31 @@ def _check_start(study: dict, name: str, where: str) -> None:
         _check_partial_start(study, place, f"{where}: variants.{place}")
 
 
+def _check_teacher(study: dict, name: str, where: str) -> None:
+    """Check ``teacher`` of a variant: in the study, with its seeds, no circle of teachers and starts, an objective for it."""
+    from convx.source import takes_teacher
+
+    settings, here = _declared_settings(study, name), f"{where}: variants.{name}"
+    if (teacher := settings["teacher"]) is None:
+        return
+    if teacher not in study["variants"]:
+        declared(teacher, f"{here}.teacher")
+        raise ConfigError(
+            f"{here}: it learns from {teacher!r}, which is not a variant of the study; add it to variants"
+        )
+    if missing := sorted(set(seeds(study, name)) - set(seeds(study, teacher))):
+        raise ConfigError(f"{here}: it learns from {teacher!r}, whose seeds lack {missing[0]}")
+    if not takes_teacher(settings["objective"]["name"]):
+        raise ConfigError(f"{here}.teacher: the objective {settings['objective']['name']} learns from no teacher")
+    seen, queue = set(), [teacher]
+    while queue:
+        seen.add(other := queue.pop())
+        own = _declared_settings(study, other)
+        queue += [v for v in (own["teacher"], own["start_from"]) if v in study["variants"] and v not in seen]
+    if name in seen:
+        raise ConfigError(f"{here}.teacher: {teacher!r} itself needs {name!r}")
+
+
 def _check_partial_start(study: dict, name: str, here: str) -> None:
     """Check ``at_epoch`` and ``budget`` of a variant whose chain of starts is sound."""
     settings = _declared_settings(study, name)
@@ -276,6 +324,7 @@ def _declared_settings(study: dict, name: str) -> dict:
         "recipe": "train",
         "surgery": [],
         "start_from": None,
+        "teacher": None,
         "at_epoch": None,
         "budget": "recipe",
         "epoch_cost": None,
@@ -366,7 +415,7 @@ def corruption_key(study: dict) -> str | None:
 def resolve(study: dict, name: str, seed: int) -> dict:
     """Return the frozen recipe of a run: everything that changes its numbers, the starting run's recipe and a digest."""
     settings = variant_settings(study, name)
-    start = settings["start_from"]
+    start, teacher = settings["start_from"], settings["teacher"]
     recipe = {
         "schema_version": SCHEMA_VERSION,
         "study": study["study"],
@@ -385,6 +434,8 @@ def resolve(study: dict, name: str, seed: int) -> dict:
     recipe |= (
         {"scale": study.get("scale", 1)} if study.get("scale", 1) != 1 else {}
     )  # a key of shortened studies alone: it changes digests
+    if teacher:
+        recipe["teacher"] = {"variant": teacher, "recipe": resolve(study, teacher, seed)}
     return recipe | {"digest": recipe_digest(recipe)}
 
 
@@ -400,9 +451,12 @@ def recipe_digest(recipe: dict) -> str:
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
     # A key that came later counts where it says something, so that the digests of older runs hold.
     silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
+    silent += ("train_share",) if recipe["training"].get("train_share", 1) == 1 else ()
     numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
+    if recipe.get("teacher"):
+        numeric["teacher"] = recipe["teacher"] | {"recipe": recipe["teacher"]["recipe"]["digest"]}
     return digest(numeric)
 
 

@@ -50,6 +50,7 @@ def study_facts(study: dict) -> dict:
             **config.training_settings(study, name),
             "seeds": config.seeds(study, name),
             "model": settings["model"]["name"],
+            "input_size": settings["model"]["settings"].get("input_size"),
             "start_from": start,
             "start_share": start and _share(settings["at_epoch"], config.training_settings(study, start)["epochs"]),
         }
@@ -183,10 +184,11 @@ def differences(claim: dict, study: dict) -> list[str]:
     """Return in words where the study is not what the paper's number presupposes."""
     data, variant = study["data"], study["variants"].get(claim["variant"], {})
     size = data.get("image_size") or _native_size(data["name"])
+    part = data.get("validation") or variant.get("train_share", 1) < 1
     facts = {
         "data": data["name"],
-        "image_size": size,
-        "train_images": data.get("train_images") or ("a part" if data.get("validation") else "all"),
+        "image_size": variant.get("input_size") or size,  # what the network sees, enlarged or not
+        "train_images": data.get("train_images") or ("a part" if part else "all"),
         "test_images": data.get("test_images") or "all",
         **study.get("protocol", {}),
         **{k: v for k, v in variant.items() if k != "seeds"},

@@ -15,7 +15,7 @@ from torch import nn
 
 from convx import VERBS
 from convx.arguments import check_choices, check_limits
-from convx.replacing import find, is_spatial_conv, replace, stage_names, start_anew
+from convx.replacing import Replacement, find, is_spatial_conv, replace, stage_names, start_anew
 from convx.seeds import derive, generator
 
 
@@ -330,3 +330,47 @@ def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int =
             raise ValueError(f"{name} ({type(module).__name__}) cannot start anew: it has no reset_parameters")
         start_anew(module, derive(seed, "start anew", name), reset)
     return new
+
+
+def agent_of(
+    vit: nn.Module,
+    weights: Literal["shared", "own"] = "shared",
+    style: Literal["residual", "base"] = "residual",
+    offsets: Literal["raster", "nearest"] = "raster",
+    down_after: int | list[int] | None = None,
+    norm: Literal["pre", "post"] = "pre",
+    stem_width: int = 64,
+    dropout: float = 0.1,
+    seed: int = 0,
+) -> nn.Module:
+    """Return the agent CNN of one of timm's ``VisionTransformer``, which stays as it is (arXiv 2112.03552, section 3.2.2).
+
+    ``weights`` "shared": convolutions are built from W_V and W_O in every forward pass and the feed-forward layers are the
+    ViT's, live; the agent's parameters are its stem, norms and head alone, and ``.to()`` moves these alone. Copy both
+    models together or not at all: a deep copy of the agent takes copies of the shared weights along. "own": everything is
+    the agent's and the ViT gives sizes only; a variant's step takes this. ``style``: a stem like a ResNet's with twice the
+    ViT's grid, or its patches. ``offsets``: head h takes the h-th cell of the kernel in raster order, or the cells nearest
+    to the centre. ``down_after``: blocks behind which the map is halved (None: the paper's for this depth and style).
+    ``norm`` before or behind each layer; ``stem_width`` in channels; ``dropout`` of feed-forward layers with own weights
+    (shared ones take the ViT's rates). Paper: S is pre-norm, B post-norm. ``seed`` draws what the agent owns.
+    Raises ``ValueError`` for a value out of range, an unknown choice or a ViT of another layout.
+    """
+    import torch
+
+    from convx.layers.agent_cnn import AgentCNN
+
+    check_limits(down_after=down_after, stem_width=stem_width, dropout=dropout)
+    check_choices(
+        weights=(weights, ("shared", "own")),
+        style=(style, ("residual", "base")),
+        offsets=(offsets, ("raster", "nearest")),
+        norm=(norm, ("pre", "post")),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "agent"))
+        agent = AgentCNN(vit, weights, style, offsets, down_after, norm, stem_width, dropout)
+    if enlarge := getattr(vit, "enlarge", None):
+        enlarge.attach(agent)
+    made = f"AgentCNN({len(agent.blocks)} blocks, weights={weights}, style={style}, offsets={offsets})"
+    agent.surgery_log = [*getattr(vit, "surgery_log", []), Replacement("agent_of", "", type(vit).__name__, made)]
+    return agent.to(vit.head.weight.device)

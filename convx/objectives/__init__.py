@@ -1,13 +1,15 @@
 """How a run is trained. An objective turns a batch into a loss; the one loop in ``convx.training`` does the rest.
 
 An objective is an ``nn.Module`` that holds everything trained. ``convx/objectives/<name>.py`` has
-``create(model, settings, training, data) -> Objective``.
+``create(model, settings, training, data) -> Objective``, with ``teacher=None`` at the end where it can learn from a trained model.
 """
 
 from importlib import import_module
 
 import torch
 from torch import nn
+
+from convx.seeds import derive
 
 
 class Objective(nn.Module):
@@ -26,6 +28,10 @@ class Objective(nn.Module):
     def exported(self) -> nn.Module:
         """Return the model that is saved and evaluated."""
         raise NotImplementedError
+
+    def companions(self) -> dict[str, nn.Module]:
+        """Return further models by name that are saved beside the exported one, for the evaluator of the paper."""
+        return {}
 
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step (e.g. an EMA teacher)."""
@@ -52,12 +58,18 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def create(model: nn.Module, recipe: dict, data) -> Objective:
-    """Build the objective that a recipe names around a model; ``data`` is the run's ``convx.runs.RunData``."""
+def create(model: nn.Module, recipe: dict, data, teacher: nn.Module | None = None) -> Objective:
+    """Build the objective that a recipe names around a model; ``data`` is the run's ``convx.runs.RunData``.
+
+    ``teacher`` is the trained model of the variant's ``teacher``, for an objective whose ``create`` takes one. What an
+    objective draws while it is built comes from a stream of its own.
+    """
     settings = dict(recipe["objective"])
     name = settings.pop("name")
     try:
         module = import_module(f"convx.objectives.{name}")
     except ModuleNotFoundError:
         raise ValueError(f"objective {name!r} is unknown: there is no convx/objectives/{name}.py") from None
-    return module.create(model, settings, recipe["training"], data)
+    torch.manual_seed(derive(recipe["seed"], "objective"))
+    given = {} if teacher is None else {"teacher": teacher}
+    return module.create(model, settings, recipe["training"], data, **given)
