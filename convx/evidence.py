@@ -9,6 +9,7 @@ from convx import config
 
 ONCE = ("latency_ratio", "inference_energy")  # measured for the first seed of a variant alone
 PER_IMAGE = {"top1": "correct", "mean_corruption_accuracy": "corruption_correct_cells"}
+CURVE = "convergence"  # read off the curve of the validation split, which takes no part in an accuracy
 # Which rows a claim means where it leaves a condition open: the plainest measurement.
 PLAIN = {"folded": "no", "dtype": "float32", "threads": min, "batch": min}
 # What a network costs whatever it learned: no precondition on the learning stands in the way of a claim about it.
@@ -72,7 +73,7 @@ class Table:
         frame = self.runs[(self.runs["variant"] == variant) & (self.runs["metric"] == metric)]
         for key, value in conditions.items():
             frame = frame[_equal(frame[key], value)] if key in frame else frame[:0]
-        if "split" not in conditions:  # other images than the test split decide no claim
+        if "split" not in conditions and metric != CURVE:  # other images than the test split decide no claim
             frame = frame[frame["split"].isna() | frame["split"].isin(["", "test"])]
         if "branch" in frame and "branch" not in conditions:  # of a model with two heads, its own has no name
             frame = frame[frame["branch"].isna()]
