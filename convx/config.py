@@ -128,6 +128,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
 def _check_study(study: dict, where: str) -> None:
     from convx.models import check_name
     from convx.models.pretrained import weights_file
+    from convx.teachers import check_teacher
 
     variants = study["variants"]
     _check_data(study, where)
@@ -162,7 +163,8 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(f"{here}: {error}") from None
     for name in variants:
         _check_start(study, name, where)
-        _check_teacher(study, name, where)
+    for name in variants:
+        check_teacher(study, name, where)
 
 
 def _check_recipe(recipe: dict, here: str, data: dict) -> None:
@@ -249,31 +251,6 @@ def _check_start(study: dict, name: str, where: str) -> None:
         chain.append(start)
     for place in reversed(chain):  # the last one first: the epochs of a start may come from its own start
         _check_partial_start(study, place, f"{where}: variants.{place}")
-
-
-def _check_teacher(study: dict, name: str, where: str) -> None:
-    """Check ``teacher`` of a variant: in the study, with its seeds, no circle of teachers and starts, an objective for it."""
-    from convx.source import takes_teacher
-
-    settings, here = _declared_settings(study, name), f"{where}: variants.{name}"
-    if (teacher := settings["teacher"]) is None:
-        return
-    if teacher not in study["variants"]:
-        declared(teacher, f"{here}.teacher")
-        raise ConfigError(
-            f"{here}: it learns from {teacher!r}, which is not a variant of the study; add it to variants"
-        )
-    if missing := sorted(set(seeds(study, name)) - set(seeds(study, teacher))):
-        raise ConfigError(f"{here}: it learns from {teacher!r}, whose seeds lack {missing[0]}")
-    if not takes_teacher(settings["objective"]["name"]):
-        raise ConfigError(f"{here}.teacher: the objective {settings['objective']['name']} learns from no teacher")
-    seen, queue = set(), [teacher]
-    while queue:
-        seen.add(other := queue.pop())
-        own = _declared_settings(study, other)
-        queue += [v for v in (own["teacher"], own["start_from"]) if v in study["variants"] and v not in seen]
-    if name in seen:
-        raise ConfigError(f"{here}.teacher: {teacher!r} itself needs {name!r}")
 
 
 def _check_partial_start(study: dict, name: str, here: str) -> None:

@@ -24,6 +24,7 @@ STOREYS = {
         "resampling",
         "config",
         "scale",
+        "teachers",
         "checks",
         "distributed",
         "layers",

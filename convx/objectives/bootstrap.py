@@ -298,7 +298,8 @@ class Bootstrap(Objective):
         if self.vit is None or self.agent is None:
             return None
         modes = [(module, module.training) for module in (model, self.agent)]
-        model.eval(), self.agent.eval()
+        for module, _ in modes:
+            module.eval()
         sums: dict[str, Tensor] = {}
         for start in range(0, len(images), BATCH):
             x, target = data.normalise(images[start : start + BATCH]), labels[start : start + BATCH]
