@@ -11,8 +11,8 @@ def rows(results) -> list[dict]:
     """Return ``convergence`` of every ViT of this paper that left a validation curve, seed by seed, in percent of its epochs.
 
     The first epoch whose validation accuracy is at least the last one of the plain ViT with the same seed, over the epochs
-    that the run trains; of the plain ViT itself too. A run that never gets there has no value. ``results`` is a
-    :class:`convx.report.results.Results`.
+    that the run trains; of the plain ViT itself too. A run that never gets there counts as all its epochs, and its method
+    says so. ``results`` is a :class:`convx.report.results.Results`.
     """
     from convx import config
 
@@ -39,12 +39,12 @@ def _curve(results, name: str, seed: int):
     return history[COLUMN].to_numpy(dtype=float)
 
 
-def _reached(reference, curve) -> tuple[float | None, str] | None:
+def _reached(reference, curve) -> tuple[float, str] | None:
     """Return (percent of the epochs, how), or None where there is no curve; the entry of epoch 0 stands first."""
     if reference is None or curve is None:
         return None
     target, epochs = reference[-1], len(curve) - 1
     reached = [epoch for epoch, top1 in enumerate(curve) if top1 >= target]
     if not reached:
-        return None, f"the plain ViT's final {target:.2f} % on validation was never reached in {epochs} epochs"
+        return 100.0, f"the plain ViT's final {target:.2f} % on validation was never reached in {epochs} epochs"
     return 100 * reached[0] / epochs, f"first epoch at the plain ViT's final {target:.2f} % on validation, of {epochs}"
