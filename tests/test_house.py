@@ -25,6 +25,7 @@ STOREYS = {
         "config",
         "scale",
         "teachers",
+        "declarations",
         "checks",
         "distributed",
         "layers",
