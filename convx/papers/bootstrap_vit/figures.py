@@ -40,9 +40,10 @@ def draw(results, out: str | Path) -> list[str]:
     names.sort(
         key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)
     )  # a stable order: the rest as it stands
+    whole = [name for name in names if config.training_settings(results.study, name)["train_share"] == 1]
     drawn = []
     for function in (convergence, features, attention, fractions):
-        if (figure := function(results, names)) is not None:
+        if (figure := function(results, names if function is fractions else whole)) is not None:
             if results.study["reduced"]:
                 style.note(figure, f"Reduced study: {results.study['reduced']}.")
             style.save(figure, out, f"bootstrap_vit_{function.__name__}")
@@ -73,7 +74,7 @@ def _band(axes, x, frame: pd.DataFrame, label: str, look: dict) -> None:
 
 
 def _compute(results, name: str) -> float | None:
-    """Return the multiply-accumulates of an epoch of training in units of 1e15, or None where a run did not say."""
+    """Return the multiply-accumulates of an epoch of training, or None where a run did not say."""
     macs, seconds, rate = (
         results.values(name, metric) for metric in ("training_macs", "train_seconds", "train_images_per_second")
     )
@@ -81,7 +82,7 @@ def _compute(results, name: str) -> float | None:
     if not (len(macs) and len(seconds) and len(rate) and epochs):
         return None
     images = float(seconds.iloc[0] * rate.iloc[0]) / epochs
-    return float(macs.iloc[0]) * images / 1e15
+    return float(macs.iloc[0]) * images
 
 
 def _curves(results, names: list[str], column: str) -> dict[str, pd.DataFrame]:
@@ -98,6 +99,8 @@ def convergence(results, names: list[str]):
     if not curves:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), sharey=True)
+    costs = {name: cost * frame.index[-1] for name, frame in curves.items() if (cost := _compute(results, name))}
+    power = int(math.log10(max(costs.values()))) // 3 * 3 if costs else 0
     unknown = []
     for name, frame in curves.items():
         look = _line(results, name)
@@ -105,12 +108,12 @@ def convergence(results, names: list[str]):
         if (cost := _compute(results, name)) is None:
             unknown.append(name)
         else:
-            _band(right, frame.index * cost, frame, name, look)
+            _band(right, frame.index * cost / 10**power, frame, name, look)
     if "vit" in curves:
         for axes in (left, right):
             axes.axhline(curves["vit"].mean(axis=1).iloc[-1], color="#999999", linestyle=":", linewidth=1)
     left.set(xlabel="epoch", ylabel=f"top-1 on the {what} images (%)")
-    right.set(xlabel="multiply-adds of training (10$^{15}$)")
+    right.set(xlabel=f"multiply-adds of training (10$^{{{power}}}$)")
     left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     right.set_xlim(left=0)
     style.legend(right, len(curves))
@@ -191,14 +194,15 @@ def fractions(results, names: list[str]):
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(6.8, 3.9))
-    for name, points in lines.items():
+    for i, (name, points) in enumerate(lines.items()):
         shares = sorted(points)
         middle = [points[share].estimate for share in shares]
         ends = [(points[s].low, points[s].high) for s in shares]
         bars = [[0.0 if math.isnan(e) else abs(m - e) for m, e in zip(middle, side)] for side in zip(*ends)]
         place = results.variants.index(name)
         look = style.line(place) | {k: v for k, v in style.look(place).items() if k != "color"}
-        axes.errorbar(shares, middle, yerr=bars, capsize=2, label=name, **look)
+        beside = np.array(shares) * 1.03 ** (i - (len(lines) - 1) / 2)  # so that intervals do not hide one another
+        axes.errorbar(beside, middle, yerr=bars, capsize=2, label=name, **look)
     ticks = sorted({share for points in lines.values() for share in points})
     axes.set(xscale="log", xlabel="share of the training images (%)", ylabel="top-1 on the test images (%)")
     axes.set_xticks(ticks, [f"{share:g}" for share in ticks])
