@@ -17,7 +17,7 @@ from convx.objectives.bootstrap import align, distillation, feature_distances, i
 from convx.runs import RunData, build_model
 from convx.training import Trainer
 
-HOST = "vit36_2_h9_p4"
+HOST = "vit36_2_h9_p8"
 SMALL = {"agent_stem_width": 8}
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "batch_size": 32}
 

@@ -64,7 +64,7 @@ def test_what_is_saved_is_the_plain_vit(digits, tmp_path, mode):
     save_weights(trainer.exported(), file)
     meta = trainer.data.meta
     plain = VisionTransformer(
-        img_size=32, patch_size=4, in_chans=1, num_classes=10, embed_dim=36, depth=2, num_heads=9,
+        img_size=32, patch_size=8, in_chans=1, num_classes=10, embed_dim=36, depth=2, num_heads=9,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
     )  # fmt: skip
     load_weights(plain, file)
