@@ -141,7 +141,7 @@ def test_what_a_picture_goes_through_depends_on_seed_epoch_and_picture_alone(pre
     assert states[0].equal(states[1]) and states[0].equal(states[2])
     assert states[0].dtype == torch.uint8 and states[0].shape == plain.shape
     changed = (states[0] != plain).flatten(1).any(1).float().mean()
-    assert 0.3 < changed < 1 if "crop_interpolation" in changes else changed > 0.9
+    assert 0.3 < changed < 1 if "crop_interpolation" in changes else changed > 0.6
     drawn = torch.rand(2), random.random(), np.random.rand()
     torch.manual_seed(3)
     assert torch.rand(2).equal(drawn[0])
