@@ -1,3 +1,7 @@
+localrules:
+    recipe,
+
+
 rule recipe:
     output:
         "results/{study}/recipes/{variant}/seed{seed}.json",
