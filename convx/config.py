@@ -121,7 +121,7 @@ def _check_study(study: dict, where: str) -> None:
             f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}"
         )
     for name, recipe in study["recipes"].items():
-        _check_recipe(recipe, f"{where}: recipes.{name}", study["data"])
+        _check_recipe({"schedule": recipe_defaults()["schedule"]} | recipe, f"{where}: recipes.{name}", study["data"])
     for name, entry in variants.items():
         here = f"{where}: variants.{name}"
         merged = _declared_settings(study, name)
@@ -129,7 +129,8 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(
                 f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}"
             )
-        _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
+        schedule = {"schedule": _numbers(study, name)["schedule"]}
+        _check_recipe(schedule | entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
         _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
         try:
@@ -151,7 +152,7 @@ def _check_recipe(recipe: dict, here: str, data: dict) -> None:
             raise ConfigError(f"{here}.{key}: it is for data.name: folder; {data['name']} has {own}")
     if (scale := recipe.get("crop_scale")) and scale[0] > scale[1]:
         raise ConfigError(f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest")
-    if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
+    if recipe.get("decay_milestones") and recipe["schedule"] != "step":
         raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
