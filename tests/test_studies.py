@@ -46,7 +46,7 @@ def test_a_study_can_decide_what_it_is_for(name, tmp_path):
     reasons = {claim: reason for reason, ids in rest.items() for claim in ids}
     missing = set(PURPOSE[name]) - {claim["id"] for claim in claims}
     assert not missing, {claim: reasons.get(claim) for claim in missing}
-    assert "Seeds:" in header(name) or name == "cifar10_dcls" and "seeds" in header(name)
+    assert "Seeds:" in header(name) or (name == "cifar10_dcls" and "seeds" in header(name))
     assert "Cost" in header(name)
 
 
