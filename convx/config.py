@@ -10,7 +10,18 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
+from convx.checks import (
+    PACKAGE,
+    ConfigError,
+    check_schema,
+    digest,
+    fill,
+    nearest,
+    numbers_that_count,
+    read_yaml,
+    recipe_defaults,
+    schema,
+)
 from convx.scale import mark, scaled_epoch, shorten
 
 SCHEMA_VERSION = 1
@@ -399,20 +410,7 @@ def _dated(model: dict) -> dict:
 def recipe_digest(recipe: dict) -> str:
     """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
-    # A key that came later counts where it says something, so that the digests of older runs hold.
-    silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
-    numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
+    numeric["training"] = numbers_that_count(recipe["training"])
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
     return digest(numeric)
-
-
-def made_by(study: dict, record: dict) -> bool:
-    """Return whether a metrics record of a run was made by the recipe that a study has for it.
-
-    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
-    """
-    run = record["run"]
-    if run["variant"] not in study["variants"] or run["seed"] not in seeds(study, run["variant"]):
-        return False
-    return resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"] == record["recipe_digest"]
