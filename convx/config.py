@@ -10,7 +10,18 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
+from convx.checks import (
+    PACKAGE,
+    ConfigError,
+    check_schema,
+    digest,
+    fill,
+    nearest,
+    numbers_that_count,
+    read_yaml,
+    recipe_defaults,
+    schema,
+)
 from convx.declarations import check_objective, check_surgery
 from convx.scale import mark, scaled_epoch, shorten
 
@@ -82,7 +93,7 @@ def _check_study(study: dict, where: str) -> None:
             f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}"
         )
     for name, recipe in study["recipes"].items():
-        _check_recipe(recipe, f"{where}: recipes.{name}", study["data"])
+        _check_recipe({"schedule": recipe_defaults()["schedule"]} | recipe, f"{where}: recipes.{name}", study["data"])
     for name, entry in variants.items():
         here = f"{where}: variants.{name}"
         merged = _declared_settings(study, name)
@@ -90,7 +101,8 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(
                 f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}"
             )
-        _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
+        schedule = {"schedule": _numbers(study, name)["schedule"]}
+        _check_recipe(schedule | entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
         _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
         check_objective(merged["objective"], f"{here}.objective")
@@ -115,7 +127,7 @@ def _check_recipe(recipe: dict, here: str, data: dict) -> None:
             raise ConfigError(f"{here}.{key}: it is for data.name: folder; {data['name']} has {own}")
     if (scale := recipe.get("crop_scale")) and scale[0] > scale[1]:
         raise ConfigError(f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest")
-    if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
+    if recipe.get("decay_milestones") and recipe["schedule"] != "step":
         raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
@@ -365,23 +377,9 @@ def _dated(model: dict) -> dict:
 def recipe_digest(recipe: dict) -> str:
     """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
-    # A key that came later counts where it says something, so that the digests of older runs hold.
-    silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
-    silent += ("train_share",) if recipe["training"].get("train_share", 1) == 1 else ()
-    numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
+    numeric["training"] = numbers_that_count(recipe["training"])
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
     if recipe.get("teacher"):
         numeric["teacher"] = recipe["teacher"] | {"recipe": recipe["teacher"]["recipe"]["digest"]}
     return digest(numeric)
-
-
-def made_by(study: dict, record: dict) -> bool:
-    """Return whether a metrics record of a run was made by the recipe that a study has for it.
-
-    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
-    """
-    run = record["run"]
-    if run["variant"] not in study["variants"] or run["seed"] not in seeds(study, run["variant"]):
-        return False
-    return resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"] == record["recipe_digest"]
