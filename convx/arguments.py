@@ -1,5 +1,7 @@
 """Bounds and choices of the surgery verbs' arguments, checked in a direct call and when a study is read. No torch."""
 
+import difflib
+
 # Bounds (low, high; None is open) of the verbs' numeric arguments by name. Read when a study is checked, so that a
 # value out of range is an error before any job starts; ``check_limits`` applies the same bounds to a direct call.
 LIMITS: dict[str, tuple[float | None, float | None]] = {
@@ -32,3 +34,36 @@ def check_choices(**values) -> None:
     for name, (value, choices) in values.items():
         if value not in choices:
             raise ValueError(f"{name}={value!r} is not valid; choose one of {', '.join(choices)}")
+
+
+def check_settings(where: str, given: dict, table: dict[str, tuple]) -> dict:
+    """Return the settings of an objective with every default filled in.
+
+    ``table``: name -> (default, bounds or choices). A tuple (low, high) bounds a number, or each number of a list as long as the
+    default; a list holds choices; a default of None stands for a value that follows from others. Raises ``ValueError``, one
+    line, for an unknown name or a value that is not allowed.
+    """
+    for name, value in given.items():
+        here = f"{where}.{name}"
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+            raise ValueError(f"{here}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else ""))
+        default, allowed = table[name]
+        if value is None and default is None:
+            continue
+        if isinstance(allowed, list):
+            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+                raise ValueError(f"{here}: {value!r} is not valid; choose one of {', '.join(map(str, allowed))}")
+            continue
+        whole = type(default) is int or (default is None and type(allowed[0]) is int)
+        listed = isinstance(default, list)
+        if listed and (not isinstance(value, list | tuple) or len(value) != len(default)):
+            raise ValueError(f"{here}: {value!r} should be a list of {len(default)} numbers, e.g. {default}")
+        low, high = allowed
+        for number in value if listed else [value]:
+            if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
+                raise ValueError(f"{here}: {number!r} should be a {'whole number' if whole else 'number'}")
+            if (low is not None and number < low) or (high is not None and number > high):
+                bounds = f"{'' if low is None else f'{low} <= '}{name}{'' if high is None else f' <= {high}'}"
+                raise ValueError(f"{here}: {value!r} is out of range: {bounds}")
+    return {name: default for name, (default, _) in table.items()} | given

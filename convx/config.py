@@ -32,6 +32,7 @@ def declared_variants() -> dict[str, dict]:
             if name in found:
                 raise ConfigError(f"{where}: variant {name!r} is declared in papers/{found[name]['paper']} already")
             check_surgery(entry.get("surgery", []), f"{where}: {name}.surgery")
+            check_objective(entry.get("objective", {"name": "supervised"}), f"{where}: {name}.objective")
             found[name] = entry | {"paper": file.parent.name}
     return found
 
@@ -75,6 +76,22 @@ def check_surgery(steps: list[dict], where: str) -> None:
                 if (low is not None and number < low) or (high is not None and number > high):
                     bounds = f"{'' if low is None else f'{low} <= '}{key}{'' if high is None else f' <= {high}'}"
                     raise ConfigError(f"{here}.{key}: {value!r} is out of range, it must be {bounds}")
+
+
+def check_objective(objective: dict, where: str) -> None:
+    """Check an objective's name and, where its file has a table of them, its settings."""
+    from convx.arguments import check_settings
+    from convx.source import objective_settings
+
+    try:
+        table = objective_settings(objective["name"])
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
+    if table is not None:
+        try:
+            check_settings(where, {k: v for k, v in objective.items() if k != "name"}, table)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_function(value, here: str) -> None:
@@ -131,6 +148,7 @@ def _check_study(study: dict, where: str) -> None:
             )
         _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
+        check_objective(merged["objective"], f"{here}.objective")
         _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
         try:
             check_name(merged["model"]["name"])

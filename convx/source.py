@@ -117,6 +117,17 @@ def _layers_of(relative: str) -> frozenset[str]:
 
 
 @lru_cache
+def _data_of(relative: str) -> frozenset[str]:
+    """Return the files of data/ that an objective imports, directly or through other ones."""
+    found, queue = set(), [relative]
+    while queue:
+        new = _imported(_tree(queue.pop()), "data") - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+@lru_cache
 def _evaluator_of(paper: str) -> frozenset[str]:
     """Return the evaluator of a paper's folder, if it has one, with what it imports that decides numbers.
 
@@ -162,7 +173,8 @@ def _parts(recipe: dict) -> list[str]:
     if recipe["model"].get("weights"):
         files.add("models/pretrained.py")
     objective = f"objectives/{recipe['objective']['name']}.py"
-    files |= {objective} | _layers_of(objective)
+    own_data = {file for file in _data_of(objective) if file not in CORE["train"]}
+    files |= {objective} | _layers_of(objective) | own_data
     for step in recipe["surgery"]:
         function, layers = verbs[step["verb"]]
         parts.append(function)
@@ -202,6 +214,22 @@ def surgery_signatures() -> tuple[dict[str, dict[str, list | None]], dict[str, t
             arguments = [*node.args.args[1:], *node.args.kwonlyargs]
             verbs[node.name] = {a.arg: _choices(a.annotation) for a in arguments}
     return verbs, LIMITS
+
+
+@lru_cache
+def objective_settings(name: str) -> dict[str, tuple] | None:
+    """Return the ``SETTINGS`` of an objective (name -> default, bounds or choices), or None where its file has none.
+
+    Raises ``ValueError`` for an objective without a file.
+    """
+    file = f"objectives/{name}.py"
+    if not re.fullmatch(r"[a-z]\w*", str(name)) or not (PACKAGE / file).exists():
+        known = sorted(p.stem for p in (PACKAGE / "objectives").glob("*.py") if p.stem != "__init__")
+        raise ValueError(f"name: {name!r} is unknown; choose one of {', '.join(known)}")
+    for node in _tree(file).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SETTINGS":
+            return ast.literal_eval(node.value)
+    return None
 
 
 def _choices(annotation: ast.expr | None) -> list | None:
