@@ -408,7 +408,7 @@ def test_each_operation_happens_as_often_as_asked():
         made = MultiCrop(8, 4, 1, **off | change)(images, generator(0, "x"))
         for view, share in enumerate(wanted):
             a, b = ((v.global_crops[view] if view < 2 else v.local_crops[0]) for v in (made, plain))
-            changed = (a != b).flatten(1).any(1).float().mean().item()
+            changed = ((a - b).abs() > 1e-4).flatten(1).any(1).float().mean().item()
             assert changed == pytest.approx(share, abs=0.06), (change, view)
     flipped = MultiCrop(8, 4, 1, **off | {"flip": 0.5})(images, generator(0, "x")).flips.float().mean(1)
     assert ((flipped > 0.42) & (flipped < 0.58)).all()
