@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, make_recipe
-from test_sere_training import ENCODER, SMALL, recipe
+from test_sere_training import recipe
 from test_training import fit
 from torch import nn
 

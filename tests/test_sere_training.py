@@ -79,7 +79,7 @@ def by_definition(made, views, progress=0.0):
                     continue
                 if kind == "channel":
                     rows = torch.softmax(channel_relation(z[i]) / settings["channel_temperature"], -1)
-                    terms.append(row_cross_entropy(rows, channel_relation(p[v])).mean((1, 2)))
+                    terms.append(row_cross_entropy(rows, channel_relation(p[v])).mean(1))
                     continue
                 size = made.grids[0] if v < 2 else made.grids[1]
                 where = (

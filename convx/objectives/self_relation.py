@@ -92,6 +92,11 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
 
 
+def full(x: Tensor) -> Tensor:
+    """Return a tensor in at least single precision: relations and softmax are not for half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class SelfRelation(Objective):
     """Student, teacher and centre. ``settings`` as in ``SETTINGS``; ``data`` is the run's ``convx.runs.RunData``."""
 
@@ -160,22 +165,22 @@ class SelfRelation(Objective):
         local = self.normalise(views.local_crops.flatten(0, 1) * 255) if len(views.local_crops) else None
         with torch.no_grad():
             (teacher_class,), teacher_map = tokens(self.teacher.encoder, globals_)
-            logits = self.teacher.head(teacher_class).float()
+            logits = full(self.teacher.head(teacher_class))
             self._batch_mean = logits.mean(0)
             low, high = settings["teacher_temperature"]
             warm = settings["temperature_warmup"]
             temperature = low + (high - low) * (min(1.0, progress / warm) if warm else 1.0)
             target_GBK = teacher_distribution(logits, self.centre, temperature).unflatten(0, (2, count))
-            projected = {kind: self.teacher.relations[kind].project(teacher_map).float() for kind in self.kinds}
+            projected = {kind: full(self.teacher.relations[kind].project(teacher_map)) for kind in self.kinds}
         (classes,), maps = tokens(self.student.encoder, globals_)
-        predicted = {kind: self.student.relations[kind](maps).float() for kind in self.kinds}
+        predicted = {kind: full(self.student.relations[kind](maps)) for kind in self.kinds}
         if local is not None:
             (local_classes,), local_maps = tokens(self.student.encoder, local)
             classes = torch.cat([classes, local_classes])
             predicted |= {
-                f"{kind}_local": self.student.relations[f"{kind}_local"](local_maps).float() for kind in self.kinds
+                f"{kind}_local": full(self.student.relations[f"{kind}_local"](local_maps)) for kind in self.kinds
             }
-        student_VBK = self.student.head(classes).float().unflatten(0, (-1, count))
+        student_VBK = full(self.student.head(classes)).unflatten(0, (-1, count))
         with torch.autocast(globals_.device.type, enabled=False):
             instance = instance_loss(student_VBK, target_GBK, settings["student_temperature"])
             loss = self.instance_weight * instance
@@ -268,8 +273,8 @@ class SelfRelation(Objective):
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each tensor's gradient by its own norm, as DINO and SERE do."""
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-        torch._foreach_mul_(gradients, factors)
+        factors = (max_norm / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
