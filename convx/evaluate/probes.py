@@ -37,8 +37,7 @@ def linear_probe(train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, classes: i
 
 def fit(x_ND: Tensor, labels_N: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:
     """Return weights [D + 1, classes], the last row the bias, which is not penalised."""
-    with torch.enable_grad(), torch.inference_mode(False):
-        x_ND = x_ND.clone()
+    with torch.enable_grad():
         first = x_ND.new_zeros(x_ND.shape[1] + 1, classes) if start is None else start.detach().clone()
         weights = first.requires_grad_()
         solver = torch.optim.LBFGS(

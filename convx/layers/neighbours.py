@@ -57,7 +57,7 @@ class Neighbours(nn.Module):
         return torch.log(self.votes(self.encoder(x_BCHW)) * (1 - self.classes * FLOOR) + FLOOR)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: an attack differentiates through the neighbours
 def encoded(encoder: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     """Return the features [N, D] of batches of model inputs in evaluation mode; the mode is restored."""
     modes = [(module, module.training) for module in encoder.modules()]
