@@ -135,7 +135,9 @@ def _panels(results, names: list[str], columns: dict[str, str], title: str):
         panels[0, -1].plot([], [], **style.line(results.variants.index(name)), label=name)
     handles, labels = panels[0, -1].get_legend_handles_labels()
     kept = dict(zip(labels, handles))
-    panels[0, -1].legend([kept[name] for name in names], names, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    panels[0, -1].legend(
+        [kept[name] for name in names], names, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8
+    )
     style.title(figure, title)
     return figure
 
