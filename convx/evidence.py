@@ -8,7 +8,12 @@ import pandas as pd
 from convx import config
 
 ONCE = ("latency_ratio", "inference_energy")  # measured for the first seed of a variant alone
-PER_IMAGE = {"top1": "correct", "mean_corruption_accuracy": "corruption_correct_cells"}
+PER_IMAGE = {
+    "top1": "correct",
+    "knn_top1": "correct",  # of an encoder, top-1 is that of its neighbours
+    "linear_top1": "linear_correct",
+    "mean_corruption_accuracy": "corruption_correct_cells",
+}
 CURVE = "convergence"  # read off the curve of the validation split, which takes no part in an accuracy
 # Which rows a claim means where it leaves a condition open: the plainest measurement.
 PLAIN = {"folded": "no", "dtype": "float32", "threads": min, "batch": min}

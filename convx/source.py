@@ -117,6 +117,17 @@ def _layers_of(relative: str) -> frozenset[str]:
 
 
 @lru_cache
+def _data_of(relative: str) -> frozenset[str]:
+    """Return the files of data/ that an objective imports, directly or through other ones."""
+    found, queue = set(), [relative]
+    while queue:
+        new = _imported(_tree(queue.pop()), "data") - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+@lru_cache
 def _evaluator_of(paper: str) -> frozenset[str]:
     """Return the evaluator of a paper's folder, if it has one, with what it imports that decides numbers.
 
@@ -162,7 +173,8 @@ def _parts(recipe: dict) -> list[str]:
     if recipe["model"].get("weights"):
         files.add("models/pretrained.py")
     objective = f"objectives/{recipe['objective']['name']}.py"
-    files |= {objective} | _layers_of(objective)
+    own_data = {file for file in _data_of(objective) if file not in CORE["train"]}
+    files |= {objective} | _layers_of(objective) | own_data
     for step in recipe["surgery"]:
         function, layers = verbs[step["verb"]]
         parts.append(function)

@@ -277,6 +277,7 @@ class Trainer:
             self._count(sums, len(images))
         if self.training["clip_grad"]:
             self.objective.clip_gradients(self.training["clip_grad"])
+        self.objective.before_step(self.optimizer, progress)
         self.optimizer.step()
         with torch.no_grad():
             for hook in self.after_step:

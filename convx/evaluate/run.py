@@ -1,5 +1,6 @@
 """Everything that is measured on one run: all evaluators in one process, so that imports and weights are loaded once."""
 
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from convx import objectives
 from convx.data import open_set
 from convx.data.splits import training_rows
 from convx.evaluate import EvaluationData, Result, accuracy, attacks, corruption, cost, energy, kernels, latency, row
@@ -53,6 +55,13 @@ def evaluate_run(
         settings.get("batch_size", 500),
         channels_last,
     )
+    train_images, train_labels = data_set.split("train")
+    if len(train_labels):
+        labels = torch.as_tensor(np.asarray(train_labels), dtype=torch.long).to(data.device)
+        data = replace(data, train=data.replaced(train_images, labels))
+    # An encoder gives features: its objective says what classifies them; what the network costs is the encoder's own.
+    features = objectives.classifier(model, recipe, data.train)
+    network, model = model, model if features is None else features.eval()
     result = accuracy.run(model, data, {"split": "test", "class_names": data_set.meta["class_names"]})
     if corrupted_folder is not None:
         wanted = settings.get("corruption") or {}
@@ -64,13 +73,15 @@ def evaluate_run(
     if settings.get("attacks"):
         attacked = data.first(settings["attacks"].get("images"))
         result += attacks.run(model, attacked, settings["attacks"] | {"seed": recipe["seed"]})
-    share = recipe["training"].get("train_share", 1)
-    result += cost.run(model, data) + kernels.run(model) + training_gap(model, data, data_set, result, share)
+    result += cost.run(network, data) + kernels.run(network)
+    if features is None:  # neighbours: every training image is its own
+        share = recipe["training"].get("train_share", 1)
+        result += training_gap(model, data, data_set, result, share)
     if evaluator := paper_evaluator(recipe.get("paper")):
         beside = (
             {"checkpoints": settings.get("checkpoints")} if "checkpoints" in signature(evaluator).parameters else {}
         )
-        result += evaluator(model, recipe, data, **beside)
+        result += evaluator(network, recipe, data, **beside)
     return Result(
         result.rows,
         per_image={name: encode(np.asarray(array)) for name, array in result.per_image.items()},

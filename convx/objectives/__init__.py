@@ -40,6 +40,9 @@ class Objective(nn.Module):
         """Write the gradients of ``loss``, what ``forward`` returned plus the auxiliary losses of modules."""
         loss.backward()
 
+    def before_step(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Called before each optimiser step, behind clipping (e.g. a schedule of its groups, a gradient dropped)."""
+
     def clip_gradients(self, max_norm: float) -> None:
         """Clip the gradients where the recipe has ``clip_grad``: by their global norm."""
         nn.utils.clip_grad_norm_(self.parameters(), max_norm)
@@ -73,3 +76,15 @@ def create(model: nn.Module, recipe: dict, data, teacher: nn.Module | None = Non
     torch.manual_seed(derive(recipe["seed"], "objective"))
     given = {} if teacher is None else {"teacher": teacher}
     return module.create(model, settings, recipe["training"], data, **given)
+
+
+def classifier(model: nn.Module, recipe: dict, train) -> nn.Module | None:
+    """Return what gives logits for a model that gives features, or None where its own output is logits.
+
+    An objective without labels has ``classifier(model, settings, train) -> nn.Module`` in its file, ``train`` being the
+    training images without augmentation (:class:`convx.evaluate.EvaluationData`). The module's ``method`` says in words how it
+    decides; every accuracy of it carries that sentence.
+    """
+    settings = dict(recipe["objective"])
+    module = import_module(f"convx.objectives.{settings.pop('name')}")
+    return module.classifier(model, settings, train) if hasattr(module, "classifier") else None
