@@ -15,6 +15,7 @@ VERBS = (
     "learnable_spacings",
     "freeze_spacings",
     "focus",
+    "agent_of",
     "fold",
     "custom",
 )

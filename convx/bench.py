@@ -225,6 +225,12 @@ def run(
                 f"{study_file}: variant {name!r} is not in the study{config.nearest(name, study['variants'])}"
             )
         recipe = config.resolve(study, name, config.seeds(study, name)[0])
+        if (objective := recipe["objective"]["name"]) != "supervised":
+            if variants:
+                raise config.ConfigError(
+                    f"{study_file}: {name} is trained by {objective}; the plain loop is supervised"
+                )
+            continue
         recipe["training"] |= {"threads": threads or recipe["training"]["threads"], "epochs": 10_000}
         ours = _our_training(recipe, folder)
         device, batch = ours.device, recipe["training"]["batch_size"]

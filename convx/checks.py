@@ -111,3 +111,14 @@ def fill(value, node: dict, root: dict):
 def recipe_defaults() -> dict:
     """Return the default of every recipe value."""
     return {key: sub["default"] for key, sub in schema("study")["$defs"]["recipe"]["properties"].items()}
+
+
+# Recipe values that came after the first runs were made: at their default they do not count in a digest, so that a run made
+# before is still one of the same recipe. A new key goes here.
+LATER = ("accumulate", "auto_augment", "color_jitter", "crop_interpolation", "decay_milestones", "erase", "train_share")
+
+
+def numbers_that_count(training: dict) -> dict:
+    """Return the values of a recipe that its digest covers: not kept checkpoints, nor a later key that says nothing new."""
+    silent = {key for key in LATER if training.get(key) == recipe_defaults().get(key)}
+    return {key: value for key, value in training.items() if key != "checkpoints" and key not in silent}

@@ -161,6 +161,7 @@ def _add_steps(add) -> None:
         "out",
     )
     sub.add_argument("--start", nargs="?", default="", metavar="FILE", help="weights that the run starts from")
+    sub.add_argument("--teacher", nargs="?", default="", metavar="FILE", help="weights that the run learns from")
     sub.add_argument("--carbon", default="{}", metavar="JSON", help="carbon intensity and PUE")
     sub.add_argument("--progress", default="resources/progress", metavar="FOLDER", help="where progress is kept")
     sub.add_argument("--processes", type=int, default=1, help="processes that share it on each node, one a GPU")
@@ -331,7 +332,10 @@ def _train(a) -> None:
     from convx import steps
 
     carbon = json.loads(a.carbon)
-    steps.train(a.recipe, a.data, a.start or None, a.source, carbon, a.out, a.progress, a.processes, a.nodes)
+    teacher = a.teacher or None
+    steps.train(
+        a.recipe, a.data, a.start or None, a.source, carbon, a.out, a.progress, a.processes, a.nodes, teacher=teacher
+    )
 
 
 def _evaluate(a) -> None:

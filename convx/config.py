@@ -10,7 +10,19 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from convx.checks import PACKAGE, ConfigError, check_schema, digest, fill, nearest, read_yaml, recipe_defaults, schema
+from convx.checks import (
+    PACKAGE,
+    ConfigError,
+    check_schema,
+    digest,
+    fill,
+    nearest,
+    numbers_that_count,
+    read_yaml,
+    recipe_defaults,
+    schema,
+)
+from convx.declarations import check_objective, check_surgery
 from convx.scale import mark, scaled_epoch, shorten
 
 SCHEMA_VERSION = 1
@@ -32,6 +44,7 @@ def declared_variants() -> dict[str, dict]:
             if name in found:
                 raise ConfigError(f"{where}: variant {name!r} is declared in papers/{found[name]['paper']} already")
             check_surgery(entry.get("surgery", []), f"{where}: {name}.surgery")
+            check_objective(entry.get("objective", {"name": "supervised"}), f"{where}: {name}.objective")
             found[name] = entry | {"paper": file.parent.name}
     return found
 
@@ -42,48 +55,6 @@ def declared(name: str, where: str) -> dict:
     if name not in table:
         raise ConfigError(f"{where}: variant {name!r} is unknown{nearest(name, table)}")
     return table[name]
-
-
-def check_surgery(steps: list[dict], where: str) -> None:
-    """Check verbs, arguments, choices and ranges of surgery steps against the signatures in ``convx/surgery.py``."""
-    from convx.source import surgery_signatures
-
-    verbs, limits = surgery_signatures()
-    for place, step in enumerate(steps):
-        here = f"{where}[{place}]"
-        if "verb" not in step:
-            raise ConfigError(f"{here}: the key 'verb' is missing{nearest('', verbs)}")
-        verb = step["verb"]
-        if verb not in verbs:
-            raise ConfigError(f"{here}.verb: {verb!r} is unknown{nearest(verb, verbs)}")
-        for key, value in step.items():
-            if key == "verb":
-                continue
-            if verb == "custom" and key == "function":
-                _check_function(value, f"{here}.function")
-            if key not in verbs[verb]:
-                raise ConfigError(f"{here}.{key}: {verb} has no argument {key!r}{nearest(key, verbs[verb])}")
-            choices = verbs[verb][key]
-            if choices and value not in choices:
-                raise ConfigError(f"{here}.{key}: {value!r} is not valid{nearest(value, choices)}")
-            low, high = limits.get(key, (None, None))
-            for number in value if isinstance(value, list) else [value]:
-                if (low is None and high is None) or number is None:
-                    continue
-                if not isinstance(number, int | float) or isinstance(number, bool):
-                    raise ConfigError(f"{here}.{key}: {value!r} should be a number")
-                if (low is not None and number < low) or (high is not None and number > high):
-                    bounds = f"{'' if low is None else f'{low} <= '}{key}{'' if high is None else f' <= {high}'}"
-                    raise ConfigError(f"{here}.{key}: {value!r} is out of range, it must be {bounds}")
-
-
-def _check_function(value, here: str) -> None:
-    from convx.models import check_user_function
-
-    try:
-        check_user_function(str(value), "function")
-    except ValueError as error:
-        raise ConfigError(f"{here}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------- studies
@@ -107,6 +78,7 @@ def load_study(source: str | Path | dict, where: str | None = None) -> dict:
 def _check_study(study: dict, where: str) -> None:
     from convx.models import check_name
     from convx.models.pretrained import weights_file
+    from convx.teachers import check_teacher
 
     variants = study["variants"]
     _check_data(study, where)
@@ -121,7 +93,7 @@ def _check_study(study: dict, where: str) -> None:
             f"{where}: baseline: {study['baseline']!r} is not a variant of the study{nearest(study['baseline'], variants)}"
         )
     for name, recipe in study["recipes"].items():
-        _check_recipe(recipe, f"{where}: recipes.{name}", study["data"])
+        _check_recipe({"schedule": recipe_defaults()["schedule"]} | recipe, f"{where}: recipes.{name}", study["data"])
     for name, entry in variants.items():
         here = f"{where}: variants.{name}"
         merged = _declared_settings(study, name)
@@ -129,9 +101,11 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(
                 f"{here}: it uses the recipe {merged['recipe']!r}, which recipes lacks{nearest(merged['recipe'], study['recipes'])}"
             )
-        _check_recipe(entry.get("training", {}), f"{here}.training", study["data"])
+        schedule = {"schedule": _numbers(study, name)["schedule"]}
+        _check_recipe(schedule | entry.get("training", {}), f"{here}.training", study["data"])
         check_surgery(merged["surgery"], f"{here}.surgery")
         _check_parts(_numbers(study, name), merged["objective"]["name"], f"{here}.training")
+        check_objective(merged["objective"], f"{here}.objective")
         try:
             check_name(merged["model"]["name"])
             if merged["model"].get("weights"):
@@ -140,6 +114,8 @@ def _check_study(study: dict, where: str) -> None:
             raise ConfigError(f"{here}: {error}") from None
     for name in variants:
         _check_start(study, name, where)
+    for name in variants:
+        check_teacher(study, name, where)
 
 
 def _check_recipe(recipe: dict, here: str, data: dict) -> None:
@@ -151,7 +127,7 @@ def _check_recipe(recipe: dict, here: str, data: dict) -> None:
             raise ConfigError(f"{here}.{key}: it is for data.name: folder; {data['name']} has {own}")
     if (scale := recipe.get("crop_scale")) and scale[0] > scale[1]:
         raise ConfigError(f"{here}.crop_scale: {scale} should be the smallest share of the picture, then the largest")
-    if recipe.get("decay_milestones") and recipe.get("schedule", "step") != "step":
+    if recipe.get("decay_milestones") and recipe["schedule"] != "step":
         raise ConfigError(f"{here}.decay_milestones: they are for schedule: step, this one's is {recipe['schedule']}")
     if recipe.get("optimizer") and optimizer_names() and recipe["optimizer"] not in optimizer_names():
         raise ConfigError(
@@ -276,6 +252,7 @@ def _declared_settings(study: dict, name: str) -> dict:
         "recipe": "train",
         "surgery": [],
         "start_from": None,
+        "teacher": None,
         "at_epoch": None,
         "budget": "recipe",
         "epoch_cost": None,
@@ -366,7 +343,7 @@ def corruption_key(study: dict) -> str | None:
 def resolve(study: dict, name: str, seed: int) -> dict:
     """Return the frozen recipe of a run: everything that changes its numbers, the starting run's recipe and a digest."""
     settings = variant_settings(study, name)
-    start = settings["start_from"]
+    start, teacher = settings["start_from"], settings["teacher"]
     recipe = {
         "schema_version": SCHEMA_VERSION,
         "study": study["study"],
@@ -385,6 +362,8 @@ def resolve(study: dict, name: str, seed: int) -> dict:
     recipe |= (
         {"scale": study.get("scale", 1)} if study.get("scale", 1) != 1 else {}
     )  # a key of shortened studies alone: it changes digests
+    if teacher:
+        recipe["teacher"] = {"variant": teacher, "recipe": resolve(study, teacher, seed)}
     return recipe | {"digest": recipe_digest(recipe)}
 
 
@@ -398,20 +377,9 @@ def _dated(model: dict) -> dict:
 def recipe_digest(recipe: dict) -> str:
     """Return the digest of a recipe; what changes no number (kept checkpoints, loader processes, the paper) does not count."""
     numeric = {k: v for k, v in recipe.items() if k not in ("digest", "data", "paper")}
-    # A key that came later counts where it says something, so that the digests of older runs hold.
-    silent = ("checkpoints", *(() if recipe["training"].get("decay_milestones") else ("decay_milestones",)))
-    numeric["training"] = {k: v for k, v in recipe["training"].items() if k not in silent}
+    numeric["training"] = numbers_that_count(recipe["training"])
     if recipe["start"]:
         numeric["start"] = recipe["start"] | {"recipe": recipe["start"]["recipe"]["digest"]}
+    if recipe.get("teacher"):
+        numeric["teacher"] = recipe["teacher"] | {"recipe": recipe["teacher"]["recipe"]["digest"]}
     return digest(numeric)
-
-
-def made_by(study: dict, record: dict) -> bool:
-    """Return whether a metrics record of a run was made by the recipe that a study has for it.
-
-    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
-    """
-    run = record["run"]
-    if run["variant"] not in study["variants"] or run["seed"] not in seeds(study, run["variant"]):
-        return False
-    return resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"] == record["recipe_digest"]

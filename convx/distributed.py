@@ -156,6 +156,7 @@ class World:
         """
         if self.size == 1:
             return objective
+        from timm.layers import convert_sync_batchnorm  # torch's own loses the activation in timm's layers
         from torch import nn
 
         name = type(objective).__module__.rsplit(".", 1)[-1]
@@ -167,7 +168,7 @@ class World:
             raise Failure(
                 f"batch normalisation over {self.size} processes needs GPUs; train this model with one process"
             )
-        return nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+        return convert_sync_batchnorm(objective)
 
     def parallel_step(self, objective):
         """Return what the loop calls for a step: the objective, or torch's wrapper that averages gradients."""

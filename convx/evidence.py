@@ -8,7 +8,13 @@ import pandas as pd
 from convx import config
 
 ONCE = ("latency_ratio", "inference_energy")  # measured for the first seed of a variant alone
-PER_IMAGE = {"top1": "correct", "mean_corruption_accuracy": "corruption_correct_cells"}
+PER_IMAGE = {
+    "top1": "correct",
+    "knn_top1": "correct",  # of an encoder, top-1 is that of its neighbours
+    "linear_top1": "linear_correct",
+    "mean_corruption_accuracy": "corruption_correct_cells",
+}
+CURVE = "convergence"  # read off the curve of the validation split, which takes no part in an accuracy
 # Which rows a claim means where it leaves a condition open: the plainest measurement.
 PLAIN = {"folded": "no", "dtype": "float32", "threads": min, "batch": min}
 # What a network costs whatever it learned: no precondition on the learning stands in the way of a claim about it.
@@ -50,6 +56,7 @@ def study_facts(study: dict) -> dict:
             **config.training_settings(study, name),
             "seeds": config.seeds(study, name),
             "model": settings["model"]["name"],
+            "input_size": settings["model"]["settings"].get("input_size"),
             "start_from": start,
             "start_share": start and _share(settings["at_epoch"], config.training_settings(study, start)["epochs"]),
         }
@@ -71,7 +78,7 @@ class Table:
         frame = self.runs[(self.runs["variant"] == variant) & (self.runs["metric"] == metric)]
         for key, value in conditions.items():
             frame = frame[_equal(frame[key], value)] if key in frame else frame[:0]
-        if "split" not in conditions:  # other images than the test split decide no claim
+        if "split" not in conditions and metric != CURVE:  # other images than the test split decide no claim
             frame = frame[frame["split"].isna() | frame["split"].isin(["", "test"])]
         if "branch" in frame and "branch" not in conditions:  # of a model with two heads, its own has no name
             frame = frame[frame["branch"].isna()]
@@ -183,10 +190,11 @@ def differences(claim: dict, study: dict) -> list[str]:
     """Return in words where the study is not what the paper's number presupposes."""
     data, variant = study["data"], study["variants"].get(claim["variant"], {})
     size = data.get("image_size") or _native_size(data["name"])
+    part = data.get("validation") or variant.get("train_share", 1) < 1
     facts = {
         "data": data["name"],
-        "image_size": size,
-        "train_images": data.get("train_images") or ("a part" if data.get("validation") else "all"),
+        "image_size": variant.get("input_size") or size,  # what the network sees, enlarged or not
+        "train_images": data.get("train_images") or ("a part" if part else "all"),
         "test_images": data.get("test_images") or "all",
         **study.get("protocol", {}),
         **{k: v for k, v in variant.items() if k != "seeds"},

@@ -148,7 +148,7 @@ def explain(study_file: str | Path, name: str) -> str:
             value,
             declared_origin(f"objective.{key}") if "objective" in own else "own choice: convx's default",
         )
-    for key in ("start_from", "at_epoch", "budget", "epoch_cost"):
+    for key in ("start_from", "teacher", "at_epoch", "budget", "epoch_cost"):
         if settings[key] not in (None, "recipe"):
             row(
                 key,

@@ -34,6 +34,20 @@ class Merge:
     kept: list[str] = field(default_factory=list)
 
 
+def made_by(study: dict, record: dict) -> bool:
+    """Return whether a metrics record of a run was made by the recipe that a study has for it.
+
+    Studies of other names may hand their runs over (`convx compare` does), so the name alone is no difference.
+    """
+    run = record["run"]
+    if run["variant"] not in study["variants"] or run["seed"] not in config.seeds(study, run["variant"]):
+        return False
+    return (
+        config.resolve(study | {"study": run["study"]}, run["variant"], run["seed"])["digest"]
+        == record["recipe_digest"]
+    )
+
+
 def decide(incoming: Path, here: Path, names: list[str], where: str) -> Merge:
     """Return what the files ``names`` below ``incoming`` add to the study's folder ``here``; raises for the first conflict."""
     merge, study = Merge(), _study(incoming, here, where)
@@ -133,7 +147,7 @@ def _check_recipe(study: dict | None, record: dict, name: str, where: str) -> No
     run = record["run"]
     if run["variant"] not in study["variants"] or run["seed"] not in config.seeds(study, run["variant"]):
         raise ConfigError(f"{where}: {name} is not in the study {study['study']} here; nothing was unpacked")
-    if not config.made_by(study, record):
+    if not made_by(study, record):
         wanted = config.resolve(study, run["variant"], run["seed"])["digest"]
         raise ConfigError(
             f"{where}: {name} was made by the recipe {record['recipe_digest']}, the study here has {wanted}: runs of one recipe "

@@ -151,6 +151,13 @@ class Plan:
             return []
         return [f"results/{self.name}/runs/{start['variant']}/seed{wildcards.seed}/model.safetensors"]
 
+    def teacher(self, wildcards) -> list[str]:
+        """Return the weights that a run learns from, as a list of none or one."""
+        teacher = self.recipe(*self._run(wildcards)).get("teacher")
+        if not teacher:
+            return []
+        return [f"results/{self.name}/runs/{teacher['variant']}/seed{wildcards.seed}/model.safetensors"]
+
     def reference(self, wildcards) -> list[str]:
         """Return recipe and weights of the baseline's first run, which latencies are paired with."""
         baseline = self.study["baseline"]

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from convx.checks import PACKAGE
 from convx.evidence import ONCE, differences
+from convx.report.words import listed
 from convx.slots import Slot, Slots, slot_name
 
 MEASURED = (*ONCE, "latency", "throughput", "inference_carbon")  # by the cost measurement
 OPEN = ("not run", "incomplete", "failed")  # verdicts that further runs change
 SINGLE = (*MEASURED, "parameters", "trainable_parameters", "stored_bytes", "macs")  # that one run settles
 NEEDED = {"mean_corruption_accuracy": "corruption", "fgsm_accuracy": "attacks", "pgd_accuracy": "attacks"}
+SHOWN = 8  # claims of a group, in the text; all are in the JSON
 WITHOUT_PACE = 3600.0  # core-seconds of a run whose pace is not known, to order by
 
 
@@ -262,6 +264,10 @@ def _paces(slots: Slots, missing: list[Slot], timing: bool, steps: int, data_roo
     return found
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def text(entry: dict) -> str:
     """Return the queue of one study for people."""
     lines = [
@@ -282,13 +288,14 @@ def text(entry: dict) -> str:
         lines[0] += f" on {machine['machine']}, {machine['device']}." if machine else " (no timing)."
     for number, group in enumerate(entry["groups"], 1):
         names = [name["id"] + (" (primary)" if name["role"] == "primary" else "") for name in group["claims"]]
-        head = f"{number}. {len(group['slots'])} slots"
+        head = f"{number}. {_count(len(group['slots']), 'slot')}"
         if group["core_seconds"] is not None:
             head += f", {group['core_seconds'] / 3600:.2f} core-hours"
-        head += f", decide {len(names)} claims" if names else ", complete no claim alone"
+        head += f", for {_count(len(names), 'claim')}" if names else ", complete no claim"
         if names and group["claims_per_core_hour"] is not None:
             head += f", {group['claims_per_core_hour']:.2g} a core-hour"
-        lines += ["", head + (": " + ", ".join(names) if names else "")]
+        names.sort(key=lambda name: not name.endswith("(primary)"))
+        lines += ["", head + (": " + listed(names, SHOWN) if names else "")]
         for slot in group["slots"]:
             cost = "   ?  " if slot["core_seconds"] is None else f"{slot['core_seconds'] / 3600:6.2f}"
             about = "; ".join(filter(None, ["" if slot["state"] == "missing" else slot["state"], slot["note"]]))

@@ -10,6 +10,7 @@ from convx import surgery
 from convx.data import open_set
 from convx.data.batches import Batches, Normalise, to_device
 from convx.data.loader import FolderBatches, FolderImages
+from convx.data.splits import training_rows
 from convx.manifest import Failure
 from convx.models import create_model
 from convx.seeds import derive
@@ -32,6 +33,7 @@ def set_numerics(training: dict) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
 
 
 class NoBatches:
@@ -68,6 +70,11 @@ class RunData:
         if self.training["epochs"] == 0:
             return NoBatches()
         images, labels = self.split("train")
+        if (rows := training_rows(labels.cpu().numpy(), self.training["train_share"])) is not None:
+            chosen = torch.as_tensor(rows, device=self.device)
+            folder = isinstance(images, FolderImages)
+            images = FolderImages(images.files.take(rows), self.device) if folder else images[chosen]
+            labels = labels[chosen]
         if isinstance(images, FolderImages):
             return FolderBatches(images.files, labels, self.training, seed, self.device, self.workers)
         return Batches(images, labels, self.training["batch_size"], self.training["drop_last"], seed)
@@ -126,6 +133,15 @@ def _pretrained(wanted: dict, meta: dict, facts: dict) -> nn.Module:
             f"model.weights: they were trained with mean and std {own}, the data set has {ours}; set data.normalise"
         )
     return model
+
+
+def build_teacher(recipe: dict, meta: dict, weights: str | Path | None = None) -> nn.Module | None:
+    """Build the trained model that a run learns from, or None; without ``weights`` (for a timing) it is untrained."""
+    if not (teacher := recipe.get("teacher")):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(teacher["recipe"], meta, pretrained=False)
+    return model if weights is None else load_weights(model, weights)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

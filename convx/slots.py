@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convx import config
 from convx.manifest import read_json
+from convx.merge import made_by
 from convx.plan import METRICS, Plan
 
 EXACT_SECONDS = 60.0  # of one core, for the exact checks of all papers
@@ -59,7 +60,7 @@ class Slots:
         if not file.exists():
             return "missing", ""
         record = read_json(file)
-        if not config.made_by(self.study, record):
+        if not made_by(self.study, record):
             return "other recipe", f"{file} was made by another recipe than the study's"
         return ("failed", record["reason"]) if record["status"] == "failed" else ("ok", "")
 

@@ -117,6 +117,17 @@ def _layers_of(relative: str) -> frozenset[str]:
 
 
 @lru_cache
+def _data_of(relative: str) -> frozenset[str]:
+    """Return the files of data/ that an objective imports, directly or through other ones."""
+    found, queue = set(), [relative]
+    while queue:
+        new = _imported(_tree(queue.pop()), "data") - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+@lru_cache
 def _evaluator_of(paper: str, which: str = "evaluate") -> frozenset[str]:
     """Return evaluate.py (or measure.py) of a paper's folder, if it has one, with what it imports that decides numbers.
 
@@ -162,7 +173,8 @@ def _parts(recipe: dict) -> list[str]:
     if recipe["model"].get("weights"):
         files.add("models/pretrained.py")
     objective = f"objectives/{recipe['objective']['name']}.py"
-    files |= {objective} | _layers_of(objective)
+    own_data = {file for file in _data_of(objective) if file not in CORE["train"]}
+    files |= {objective} | _layers_of(objective) | own_data
     for step in recipe["surgery"]:
         function, layers = verbs[step["verb"]]
         parts.append(function)
@@ -171,8 +183,10 @@ def _parts(recipe: dict) -> list[str]:
             parts.append(hashlib.sha256(user_function(step["function"])[0].read_bytes()).hexdigest())
     if recipe["surgery"]:
         parts.append(shared)
-    if recipe["start"]:
-        parts += _parts(recipe["start"]["recipe"])
+    if recipe["model"]["settings"].get("input_size"):
+        files.add("models/enlarge.py")
+    for other in filter(None, (recipe["start"], recipe.get("teacher"))):
+        parts += _parts(other["recipe"])
     return [*parts, *(_file_digest(file) for file in sorted(files))]
 
 
@@ -202,6 +216,30 @@ def surgery_signatures() -> tuple[dict[str, dict[str, list | None]], dict[str, t
             arguments = [*node.args.args[1:], *node.args.kwonlyargs]
             verbs[node.name] = {a.arg: _choices(a.annotation) for a in arguments}
     return verbs, LIMITS
+
+
+@lru_cache
+def objective_settings(name: str) -> dict[str, tuple] | None:
+    """Return the ``SETTINGS`` of an objective (name -> default, bounds or choices), or None where its file has none.
+
+    Raises ``ValueError`` for an objective without a file.
+    """
+    file = f"objectives/{name}.py"
+    if not re.fullmatch(r"[a-z]\w*", str(name)) or not (PACKAGE / file).exists():
+        known = sorted(p.stem for p in (PACKAGE / "objectives").glob("*.py") if p.stem != "__init__")
+        raise ValueError(f"name: {name!r} is unknown; choose one of {', '.join(known)}")
+    for node in _tree(file).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SETTINGS":
+            return ast.literal_eval(node.value)
+    return None
+
+
+@lru_cache
+def takes_teacher(objective: str) -> bool:
+    """Return whether an objective can learn from a trained model: its ``create`` has an argument ``teacher``."""
+    body = _tree(f"objectives/{objective}.py").body
+    create = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "create")
+    return "teacher" in [argument.arg for argument in create.args.args]
 
 
 def _choices(annotation: ast.expr | None) -> list | None:

@@ -54,6 +54,7 @@ def train(
     progress_root: str,
     processes: int = 1,
     nodes: int = 1,
+    teacher: str | None = None,
 ) -> None:
     """Train one run: weights, kept checkpoints, history, metrics. With more than one process or node they share its batches."""
     recipe = read_json(recipe_file)
@@ -79,14 +80,16 @@ def train(
         with metrics if distributed.leads() else contextlib.nullcontext():
             trainer = None
             try:
-                with Progress(progress_root, recipe, source, data_digest, start_weights) as progress:
-                    trainer = Trainer(recipe, Path(data).parent, start_weights)
+                with Progress(progress_root, recipe, source, data_digest, start_weights, teacher) as progress:
+                    trainer = Trainer(recipe, Path(data).parent, start_weights, teacher)
                     with Meter(carbon, device=str(trainer.device), scope="process") as meter:
                         trainer.fit(progress)
                     meter.add_up(trainer.world)
                     if not distributed.leads():
                         return
                     save_weights(trainer.exported(), model_file)
+                    for name, companion in trainer.objective.companions().items():
+                        save_weights(companion, checkpoints / f"{name}.safetensors")
                     write_history(history_file, trainer.history)
                     for file in progress.checkpoints.glob("*.safetensors"):
                         file.rename(checkpoints / file.name)
@@ -188,6 +191,7 @@ def evaluate(
             device = pick_device(recipe["device"])
             meta = read_json(data)
             network = load_weights(build_model(recipe, meta, pretrained=False), model)
+            settings = settings | {"checkpoints": str(Path(model).parent / "checkpoints")}
             result = evaluate_run(
                 network, recipe, Path(data).parent, corrupted and Path(corrupted).parent, settings, device
             )

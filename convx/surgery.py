@@ -332,6 +332,50 @@ def freeze_spacings(model: nn.Module, layers: str | list[str] = "*", seed: int =
     return new
 
 
+def agent_of(
+    vit: nn.Module,
+    weights: Literal["shared", "own"] = "shared",
+    style: Literal["residual", "base"] = "residual",
+    offsets: Literal["raster", "nearest"] = "raster",
+    down_after: int | list[int] | None = None,
+    norm: Literal["pre", "post"] = "pre",
+    stem_width: int = 64,
+    dropout: float = 0.1,
+    seed: int = 0,
+) -> nn.Module:
+    """Return the agent CNN of one of timm's ``VisionTransformer``, which stays as it is (arXiv 2112.03552, section 3.2.2).
+
+    ``weights`` "shared": convolutions are built from W_V and W_O in every forward pass and the feed-forward layers are the
+    ViT's, live; the agent's parameters are its stem, norms and head alone, and ``.to()`` moves these alone. Copy both
+    models together or not at all: a deep copy of the agent takes copies of the shared weights along. "own": everything is
+    the agent's and the ViT gives sizes only; a variant's step takes this. ``style``: a stem like a ResNet's with twice the
+    ViT's grid, or its patches. ``offsets``: head h takes the h-th cell of the kernel in raster order, or the cells nearest
+    to the centre. ``down_after``: blocks behind which the map is halved (None: the paper's for this depth and style).
+    ``norm`` before or behind each layer; ``stem_width`` in channels; ``dropout`` of feed-forward layers with own weights
+    (shared ones take the ViT's rates). Paper: S is pre-norm, B post-norm. ``seed`` draws what the agent owns.
+    Raises ``ValueError`` for a value out of range, an unknown choice or a ViT of another layout.
+    """
+    import torch
+
+    from convx.layers.agent_cnn import AgentCNN
+
+    check_limits(down_after=down_after, stem_width=stem_width, dropout=dropout)
+    check_choices(
+        weights=(weights, ("shared", "own")),
+        style=(style, ("residual", "base")),
+        offsets=(offsets, ("raster", "nearest")),
+        norm=(norm, ("pre", "post")),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "agent"))
+        agent = AgentCNN(vit, weights, style, offsets, down_after, norm, stem_width, dropout)
+    if enlarge := getattr(vit, "enlarge", None):
+        enlarge.attach(agent)
+    made = f"AgentCNN({len(agent.blocks)} blocks, weights={weights}, style={style}, offsets={offsets})"
+    agent.surgery_log = [*getattr(vit, "surgery_log", []), Replacement("agent_of", "", type(vit).__name__, made)]
+    return agent.to(vit.head.weight.device)
+
+
 def focus(
     model: nn.Module,
     after: str | list[str] | None = None,
@@ -350,51 +394,27 @@ def focus(
 ) -> nn.Module:
     """Return a copy that computes only what matters of each image after the layer ``after``; no retraining.
 
-    Focused convolutions, arXiv 2310.07782 and 2207.10741. Takes any network of convolutions (timm's VGG, ResNet, EfficientNet,
-    MobileNet, ConvNeXt, ...) in evaluation mode, with batches of any size; each image has its own region: where the sum over
-    channels of the positive activations of ``after`` reaches ``threshold`` (None: to be set by calibration), or of the ``keep``
-    brightest share of pixels. Batch normalisation is folded first (not for ``halo="official"``, which is the public code's
-    behaviour with its defects). All other arguments: see :class:`convx.layers.focused.Focus`. ``after`` is a module name or
-    ``"{stage-3}"``; a list names candidates for calibration. On a network that is focused already, leave ``after`` out: what
-    is given and not the default changes, threshold and depth stay.
-    Raises ``ValueError`` for an unknown name or choice or a value out of range.
+    Focused convolutions, arXiv 2310.07782 and 2207.10741, for any network of convolutions in evaluation mode and batches of any
+    size; each image has its own region, where the sum over channels of the positive activations of ``after`` reaches
+    ``threshold`` (None: calibrate it) or is among the ``keep`` brightest share of pixels. Batch normalisation is folded (not for
+    ``halo="official"``). Others: :class:`convx.layers.focused.Focus`. Of a focused network, without ``after``, they change.
     """
+    given = locals().copy()
     from convx.layers.batchnorm_folding import fold_batchnorm
-    from convx.layers.focused import DEFAULTS
+    from convx.layers.focused import CHOICES, DEFAULTS
     from convx.layers.focused_network import Focused
 
     check_limits(keep=keep, coverage=coverage, tile=tile, dense_above=dense_above)
-    check_choices(
-        region=(region, ("bbox", "tiles", "mask", "input")),
-        fill=(fill, ("zero", "bias")),
-        halo=(halo, ("exact", "zero", "official")),
-        pooling=(pooling, ("masked", "plain")),
-        place=(place, ("bright", "random", "centre", "given", "given_random", "given_centre")),
-        backend=(backend, ("auto", "crop", "tiles", "dense")),
-    )
-    given = {"region": region, "fill": fill, "halo": halo, "pooling": pooling, "place": place, "keep": keep}
-    given |= {"coverage": coverage, "tile": tile, "dense_above": dense_above, "backend": backend, "seed": seed}
+    check_choices(**{name: (given[name], choices) for name, choices in CHOICES.items()})
+    settings, log = {name: given[name] for name in DEFAULTS}, getattr(model, "surgery_log", [])
+    if isinstance(model, Focused) == (after is not None):
+        raise ValueError("after: missing, name a layer" if after is None else "after: the network is focused already")
     if isinstance(model, Focused):
-        if after is not None:
-            raise ValueError("after: the network is focused already; leave it out to change its other settings")
-        new, changed = copy.deepcopy(model), {key: value for key, value in given.items() if value != DEFAULTS[key]}
-        for layer in new.focus:
-            layer.settings |= changed
-            if threshold is not None:
-                layer.threshold.fill_(threshold)
-        words = ", ".join(f"{key}={value}" for key, value in changed.items())
-        new.surgery_log = [*model.surgery_log, *(Replacement("focus", n, "focused after", words) for n in model.after)]
-        return new
-    if after is None:
-        raise ValueError("after: missing; name the layer after which the network is to be focused")
-    names = list(find(model, after, lambda module: True, "module", whole=True))
-    if halo != "official":
-        network = fold_batchnorm(model, example_of(model))
+        new, names, words = copy.deepcopy(model), model.after, dict(settings.items() - DEFAULTS.items())
+        new.change(words, threshold)
     else:
-        network = copy.deepcopy(model).eval()
-    new = Focused(network, names, threshold, **given)
-    new.surgery_log = [
-        *getattr(model, "surgery_log", []),
-        *(Replacement("focus", n, "", f"focused after, {region}") for n in names),
-    ]
+        names, words = list(find(model, after, lambda module: True, "module", whole=True)), settings
+        folded = copy.deepcopy(model).eval() if halo == "official" else fold_batchnorm(model, example_of(model))
+        new = Focused(folded, names, threshold, **settings)
+    new.surgery_log = [*log, *(Replacement("focus", name, "", f"focused after it: {words}") for name in names)]
     return new

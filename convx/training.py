@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from convx import distributed, objectives
 from convx.manifest import Failure, atomic
-from convx.runs import RunData, build_model, pick_device, save_weights, set_numerics
+from convx.runs import RunData, build_model, build_teacher, pick_device, save_weights, set_numerics
 from convx.seeds import derive
 
 SAVE_SECONDS = float(os.environ.get("CONVX_SAVE_SECONDS", "30"))  # between two states on disk
@@ -120,9 +120,20 @@ def validate(model: nn.Module, data: RunData, images: torch.Tensor, labels: torc
 class Progress:
     """The undeclared directory of one run's progress, owned by one process at a time: the first of those that share the run."""
 
-    def __init__(self, root: str | Path, recipe: dict, source: str, data: str, start_weights: str | Path | None):
+    def __init__(
+        self,
+        root: str | Path,
+        recipe: dict,
+        source: str,
+        data: str,
+        start_weights: str | Path | None,
+        teacher_weights: str | Path | None = None,
+    ):
         start = hashlib.sha256(Path(start_weights).read_bytes()).hexdigest() if start_weights else ""
-        self.key = hashlib.sha256("/".join([recipe["digest"], source, data, start]).encode()).hexdigest()[:16]
+        parts = [recipe["digest"], source, data, start]
+        if teacher_weights:
+            parts.append(hashlib.sha256(Path(teacher_weights).read_bytes()).hexdigest())
+        self.key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
         self.folder = Path(root) / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.leads = distributed.leads()
@@ -179,14 +190,21 @@ def _set_rng_state(state: dict, device: torch.device) -> None:
 class Trainer:
     """One run: model, objective, optimiser, schedule, history. ``fit`` trains it to the end of its recipe."""
 
-    def __init__(self, recipe: dict, data_folder: str | Path, start_weights: str | Path | None = None):
+    def __init__(
+        self,
+        recipe: dict,
+        data_folder: str | Path,
+        start_weights: str | Path | None = None,
+        teacher_weights: str | Path | None = None,
+    ):
         self.recipe, self.training = recipe, recipe["training"]
         set_numerics(self.training)
         self.world = distributed.join(recipe["device"])
         self.device = self.world.device or pick_device(recipe["device"])
         self.data = RunData.open(data_folder, recipe, self.device)
         model = build_model(recipe, self.data.meta, start_weights)
-        objective = objectives.create(model, recipe, self.data).to(self.device)
+        teacher = build_teacher(recipe, self.data.meta, teacher_weights)
+        objective = objectives.create(model, recipe, self.data, teacher).to(self.device)
         self.objective = self.world.prepare(objective, objective.splits_batch)
         if self.training["channels_last"]:
             self.objective.to(memory_format=torch.channels_last)
@@ -259,6 +277,7 @@ class Trainer:
             self._count(sums, len(images))
         if self.training["clip_grad"]:
             self.objective.clip_gradients(self.training["clip_grad"])
+        self.objective.before_step(self.optimizer, progress)
         self.optimizer.step()
         with torch.no_grad():
             for hook in self.after_step:

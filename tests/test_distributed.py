@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import make_recipe
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from convx import config, distributed, steps
@@ -232,7 +233,8 @@ def test_what_cannot_be_shared(network):
     with pytest.raises(Failure, match="objective objectives cannot share a batch among 2 processes"):
         world.prepare(objective, objective.splits_batch)
     world.device = torch.device("cuda")
-    made = world.prepare(nn.Sequential(nn.BatchNorm2d(3), nn.GroupNorm(1, 3)), True)
-    assert [type(layer) for layer in made] == [nn.SyncBatchNorm, nn.GroupNorm]
+    made = world.prepare(nn.Sequential(nn.BatchNorm2d(3), nn.GroupNorm(1, 3), BatchNormAct2d(3)), True)
+    assert [type(layer) for layer in made] == [nn.SyncBatchNorm, nn.GroupNorm, SyncBatchNormAct]
+    assert isinstance(made[2].act, nn.ReLU)  # timm's layer keeps its activation
     with pytest.raises(ValueError, match="several nodes are those of a Slurm job"):
         distributed.launch([], 1, 2)

@@ -24,6 +24,8 @@ STOREYS = {
         "resampling",
         "config",
         "scale",
+        "teachers",
+        "declarations",
         "checks",
         "distributed",
         "layers",

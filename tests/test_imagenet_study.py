@@ -13,10 +13,12 @@ from convx import config, steps
 from convx.data import open_set, prepare
 from convx.data.loader import FolderBatches, FolderImages
 from convx.manifest import write_json
-from convx.runs import RunData
+from convx.models import create_model
+from convx.runs import RunData, build_model, save_weights
 
 FILE = REPOSITORY / "config" / "imagenet.yaml"
 CPU = torch.device("cpu")
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "statistics_from": "ImageNet"}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_what_a_picture_goes_through_depends_on_seed_epoch_and_picture_alone(pre
     assert states[0].equal(states[1]) and states[0].equal(states[2])
     assert states[0].dtype == torch.uint8 and states[0].shape == plain.shape
     changed = (states[0] != plain).flatten(1).any(1).float().mean()
-    assert 0.3 < changed < 1 if "crop_interpolation" in changes else changed > 0.9
+    assert 0.3 < changed < 1 if "crop_interpolation" in changes else changed > 0.6
     drawn = torch.rand(2), random.random(), np.random.rand()
     torch.manual_seed(3)
     assert torch.rand(2).equal(drawn[0])
@@ -165,7 +167,7 @@ def test_random_erasing():
     """A share of the images has one rectangle of noise in it, the rest is what it was."""
     from convx.data.batches import erase
 
-    images = torch.full((2000, 3, 24, 32), 9.0)
+    images = torch.full((1000, 3, 48, 64), 9.0)
     done = erase(images, 0.3, torch.Generator().manual_seed(1))
     changed = (done != 9).all(1)
     touched = changed.flatten(1).any(1)
@@ -175,7 +177,7 @@ def test_random_erasing():
         assert inside.sum() == len(rows) * len(columns)  # one full rectangle
         assert len(rows) == rows[-1] - rows[0] + 1 and len(columns) == columns[-1] - columns[0] + 1
     areas = changed[touched].flatten(1).float().mean(1)
-    assert 0.01 < areas.min() < 0.03 and 0.2 < areas.max() < 0.35
+    assert 0.015 < areas.min() < 0.03 and 0.3 < areas.max() < 0.345
     noise = done.permute(0, 2, 3, 1)[changed]
     assert abs(float(noise.mean())) < 0.01 and abs(float(noise.std()) - 1) < 0.01
     assert erase(images, 0.3, torch.Generator().manual_seed(1)).equal(done)
@@ -214,7 +216,6 @@ def test_the_control_differs_by_the_surgery_alone():
 
 def test_layer4_is_what_is_recast():
     from convx.layers.gpsa import GatedPositionalAttention
-    from convx.models import create_model
     from convx.surgery import apply
 
     with torch.device("meta"):
@@ -251,13 +252,24 @@ SMALL = {  # what a laptop can do: the study's own keys, other numbers
 
 @pytest.mark.slow
 def test_end_to_end_on_a_few_pictures(pictures, tmp_path):
-    """The recipes of the study with fewer epochs and smaller batches: prepared, trained with its augmentation, evaluated."""
+    """The recipes of the study with fewer epochs and smaller batches: prepared, trained with its augmentation, evaluated.
+
+    The host starts from a file of weights, of five classes, so its classifier is a new one.
+    """
+    torch.manual_seed(5)
+    others = create_model("timm/resnet10t", 5)
+    save_weights(others, tmp_path / "others.safetensors")
+    host = {"name": "timm/resnet10t", "weights": str(tmp_path / "others.safetensors")}
     recipes = {
         name: recipe | {"epochs": 2, "batch_size": 8, "warmup_epochs": 1, "precision": "fp32", "threads": 1}
         for name, recipe in yaml.safe_load(FILE.read_text())["recipes"].items()
     }
     data = {"name": "folder", "path": str(pictures), "image_size": 64, "workers": 1, "validation": 3}
-    study = load(data=data, recipes=recipes, **SMALL)
+    study = load(data=data, recipes=recipes, **SMALL | {"host": host})
+    untrained = build_model(
+        config.resolve(study, "cnn", 0), {"num_classes": 3, "channels": 3, "image_size": 64} | IMAGENET
+    )
+    assert untrained.layer4[0].conv1.weight.equal(others.layer4[0].conv1.weight) and untrained.fc.out_features == 3
     meta = tmp_path / "data" / "set" / "meta.json"
     steps.data(study["data"], [], str(meta))
     corrupted = tmp_path / "corrupted" / "meta.json"

@@ -88,7 +88,7 @@ def test_checkpoints_of_training_scripts(wrapper, trained, tmp_path):
     assert same(model, trained) and model.num_classes == 3
     assert found == {
         "size": 176, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-        "interpolation": "bicubic", "crop_fraction": 0.95, "crop_mode": "center",
+        "interpolation": "bicubic", "crop_fraction": 0.875, "crop_mode": "center",
     }  # fmt: skip
 
 
@@ -185,6 +185,13 @@ def test_a_folder_is_tested_as_timm_does(trained, weights, pictures, tmp_path, c
         archive.add(pictures, "some/where")
     again = given.run(NAME, str(weights), str(tmp_path / "pictures.tar.gz"), device="cpu")
     assert {row["metric"]: row["value"] for row in again["rows"]}["nll"] == pytest.approx(values["nll"], rel=1e-6)
+    for file in pictures.glob("*/*.png"):  # pictures of the model's size are taken as they are
+        (tmp_path / "cut" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(file).resize((176, 176)).save(tmp_path / "cut" / file.parent.name / file.name)
+    cut = given.run(NAME, str(weights), str(tmp_path / "cut"), device="cpu")
+    assert (cut["preprocessing"]["crop_fraction"], cut["preprocessing"]["crop"]) == (1.0, "none")
+    whole = given.run(NAME, str(weights), str(tmp_path / "cut"), device="cpu", crop_fraction=0.875)
+    assert whole["preprocessing"]["crop"] == "center" and whole["rows"] != cut["rows"]
     fewer = given.run(NAME, str(weights), str(pictures), images=6, size=64, device="cpu", mean=[0, 0, 0], std=[1, 1, 1])
     assert fewer["images"] == 6 and fewer["preprocessing"]["size"] == 64 and fewer["preprocessing"]["std"] == [1, 1, 1]
 

@@ -327,7 +327,7 @@ def test_the_verb(place, capsys):
     assert cli.main(["queue", file, "--no-timing", "--out", "queue.json"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("made_up: 8 of 9 runs are in, 2 slots are missing.")
-    assert "decide" in text and "randconv.frozen_costs_basic_block (primary)" in text
+    assert "1 slot, for " in text and ": randconv.frozen_costs_basic_block (primary)" in text
     assert "snakemake cnn_frozen_seed2 --cores 1 --configfile study.yaml" in text
     kept = read_json("queue.json")
     assert kept["studies"]["made_up"]["claims"]["randconv.frozen_costs_basic_block"]["slots"] == 1

@@ -73,9 +73,9 @@ class Crops(Dataset):
 
     def image(self, index: int) -> np.ndarray:
         """Return one crop, uint8 [H, W, C]."""
-        torch.manual_seed(derive(self.seed, "crop", f"{self.epoch}.{index}"))
         if self.crops:
-            choice = int(torch.randint(len(self.crops), ())) if len(self.crops) > 1 else 0
+            torch.manual_seed(derive(self.seed, "crop", f"{self.epoch}.{index}"))
+            choice = derive(self.seed, "interpolation", f"{self.epoch}.{index}") % len(self.crops)
             picture = self.crops[choice](self.files.picture(index))
         else:
             picture = Image.fromarray(self.files[index])

@@ -26,3 +26,13 @@ def stratified_order(labels: np.ndarray, purpose: str) -> np.ndarray:
 def stratified_choice(labels: np.ndarray, count: int, purpose: str) -> np.ndarray:
     """Return ``count`` row numbers, ascending: the start of :func:`stratified_order`."""
     return np.sort(stratified_order(labels, purpose)[:count]).astype(np.int64)
+
+
+def training_rows(labels: np.ndarray, share: float) -> np.ndarray | None:
+    """Return the rows of a training split that a run with this ``train_share`` sees, or None for all of them.
+
+    The choice holds the classes in their proportions, is the same for every seed, and a smaller share is part of a larger.
+    """
+    if share >= 1:
+        return None
+    return stratified_choice(labels, max(1, round(share * len(labels))), "train share")

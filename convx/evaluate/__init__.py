@@ -77,6 +77,7 @@ class EvaluationData:
     memory-mapped and is read one batch at a time. ``labels``: int64 tensor [N] on the device. ``normalise``:
     grey levels 0..255 [B, C, H, W], uint8 or float, to the model's input; it is differentiable in float
     input. ``boxes``: float [N, 4] (left, top, right, bottom in pixels, the last two exclusive) of the objects, if known.
+    ``train``: training images without augmentation, where an evaluator may need them (probes, neighbours).
     """
 
     images: torch.Tensor | np.ndarray
@@ -85,6 +86,7 @@ class EvaluationData:
     device: torch.device
     batch_size: int = 500
     boxes: torch.Tensor | None = None
+    train: EvaluationData | None = None
 
     def __post_init__(self):
         if len(self.images) != len(self.labels):
@@ -205,6 +207,11 @@ def folded_form(model: nn.Module) -> nn.Module | None:
     folded = fold(model)
     same = [type(module) for module in folded.modules()] == [type(module) for module in model.modules()]
     return None if same else folded
+
+
+def decision(model: nn.Module) -> str:
+    """Return in words how a model's output becomes a class; a classifier of features says it in its ``method``."""
+    return getattr(model, "method", "argmax of the logits")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from convx.evaluate import EvaluationData, Result, evaluation_mode, row
+from convx.evaluate import EvaluationData, Result, decision, evaluation_mode, row
 from convx.manifest import Failure
 
 BINS = 15
@@ -33,7 +33,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     correct_N = prediction_N == labels_N
 
     n, rows = len(data), []
-    plain = "argmax of the logits, float32"
+    plain = f"{decision(model)}, float32"
     rows.append(row("top1", _percent(correct_N), "%", n=n, split=split, method=plain))
     if classes > 5:
         method = "label among the five largest logits, float32"

@@ -11,7 +11,7 @@ from torch import nn
 
 from convx.data.corruptions import MAIN, mean_ce
 from convx.data.corruptions.metrics import MCE_PROTOCOLS
-from convx.evaluate import EvaluationData, Result, evaluation_mode, row
+from convx.evaluate import EvaluationData, Result, decision, evaluation_mode, row
 from convx.manifest import Failure
 
 
@@ -60,7 +60,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict, corrupted: Mappi
         raise Failure(f"the model's logits are not finite on {int(infinite)} corrupted images")
     accuracy = dict(zip(cells, (100 * right / n for right in torch.stack(list(cells.values())).tolist())))
 
-    method = f"argmax of the logits; {label}"
+    method = f"{decision(model)}; {label}"
     rows = [
         row("corruption_accuracy", value, "%", n=n, split=split, method=method,
             protocol=protocol, corruption=name, severity=severity)

@@ -32,8 +32,9 @@ def run(
     :func:`convx.models.pretrained.weights_file`. ``data``: a folder of class folders (or with ``val/``), or a tar of one.
     ``classes``: a file with the names of the class folders in the order of the model's outputs; by default that of
     ImageNet-1k where all folders carry its identifiers, else the folders in order, which must then be as many as the model's
-    outputs. ``images``: only so many, evenly spaced. ``wanted``: what replaces the preprocessing of the weights, None
-    nothing: ``size`` in pixels, ``crop_fraction``, ``interpolation``, ``mean`` and ``std`` of pixels in 0..1.
+    outputs. Pictures that all have the size of the model already are taken as they are, as ImageNet-C's are, unless a
+    ``crop_fraction`` is given. ``images``: only so many, evenly spaced. ``wanted``: what replaces the preprocessing of the
+    weights, None nothing: ``size`` in pixels, ``crop_fraction``, ``interpolation``, ``mean`` and ``std`` of pixels in 0..1.
 
     Raises ValueError with one line for anything that does not fit.
     """
@@ -54,7 +55,10 @@ def run(
             if images is None
             else np.unique(np.linspace(0, len(files) - 1, images).round().astype(int))
         )
-        pictures = ImageFiles(index.root, [files[i] for i in rows], resize_of(settings))
+        chosen = [files[i] for i in rows]
+        if wanted.get("crop_fraction") is None and _of_size(index.root, chosen, settings["size"]):
+            settings |= {"crop_fraction": 1.0, "crop": "none"}
+        pictures = ImageFiles(index.root, chosen, resize_of(settings))
         network = network.to(device).eval()
         with torch.inference_mode():
             outputs = network(torch.zeros(1, 3, settings["size"], settings["size"], device=device)).shape[-1]
@@ -112,6 +116,20 @@ def resize_of(settings: dict) -> dict:
     size, short = settings["size"], math.floor(settings["size"] / settings["crop_fraction"])
     value = {"short_side": short, "crop": settings["crop"], "interpolation": settings["interpolation"]}
     return resize_settings(value, size)
+
+
+def _of_size(root: Path, files: list[str], size: int) -> bool:
+    """Return whether every picture is a square of ``size`` pixels; only their heads are read."""
+    from PIL import Image
+
+    def sides(file: str) -> tuple[int, int]:
+        try:
+            with Image.open(root / file) as picture:
+                return picture.size
+        except (OSError, SyntaxError):
+            return 0, 0  # whoever decodes it says what is wrong
+
+    return all(sides(file) == (size, size) for file in files)
 
 
 def imagenet_classes(root: Path, scratch: Path) -> str | None:

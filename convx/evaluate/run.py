@@ -1,14 +1,18 @@
 """Everything that is measured on one run: all evaluators in one process, so that imports and weights are loaded once."""
 
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from convx import objectives
 from convx.data import open_set
+from convx.data.splits import training_rows
 from convx.evaluate import EvaluationData, Result, accuracy, attacks, corruption, cost, energy, kernels, latency, row
 from convx.evaluate.payload import encode, pack
 
@@ -34,7 +38,8 @@ def evaluate_run(
 
     Also the gap to training images, and what the evaluator of the variant's paper adds: ``run(model, recipe, data) ->
     Result`` in ``convx/papers/<recipe["paper"]>/evaluate.py``, where there is one. ``settings``: ``batch_size``,
-    ``corruption`` and ``attacks`` of the study (None leaves one out). ``per_image`` and ``arrays`` are encoded.
+    ``corruption`` and ``attacks`` of the study (None leaves one out), and ``checkpoints``, the folder beside the weights,
+    for a paper's evaluator that takes it. ``per_image`` and ``arrays`` are encoded.
     """
     data_set = open_set(data_folder)
     images, labels = data_set.split("test")
@@ -51,6 +56,13 @@ def evaluate_run(
         channels_last,
         boxes=data_set.test_boxes,
     )
+    train_images, train_labels = data_set.split("train") if len(data_set.train_labels) else ([], [])
+    if len(train_labels):
+        labels = torch.as_tensor(np.asarray(train_labels), dtype=torch.long).to(data.device)
+        data = replace(data, train=data.replaced(train_images, labels))
+    # An encoder gives features: its objective says what classifies them; what the network costs is the encoder's own.
+    features = objectives.classifier(model, recipe, data.train)
+    network, model = model, model if features is None else features.eval()
     result = accuracy.run(model, data, {"split": "test", "class_names": data_set.meta["class_names"]})
     if corrupted_folder is not None:
         wanted = settings.get("corruption") or {}
@@ -62,9 +74,15 @@ def evaluate_run(
     if settings.get("attacks"):
         attacked = data.first(settings["attacks"].get("images"))
         result += attacks.run(model, attacked, settings["attacks"] | {"seed": recipe["seed"]})
-    result += cost.run(model, data) + kernels.run(model) + training_gap(model, data, data_set, result)
+    result += cost.run(network, data) + kernels.run(network)
+    if features is None:  # neighbours: every training image is its own
+        share = recipe["training"].get("train_share", 1)
+        result += training_gap(model, data, data_set, result, share)
     if evaluator := paper_evaluator(recipe.get("paper")):
-        result += evaluator(model, recipe, data)
+        beside = (
+            {"checkpoints": settings.get("checkpoints")} if "checkpoints" in signature(evaluator).parameters else {}
+        )
+        result += evaluator(network, recipe, data, **beside)
     return packed(result)
 
 
@@ -83,17 +101,20 @@ def paper_evaluator(paper: str | None):
     return import_module(name).run if paper and find_spec(name) else None
 
 
-def training_gap(model: nn.Module, data: EvaluationData, data_set, result: Result) -> Result:
+def training_gap(model: nn.Module, data: EvaluationData, data_set, result: Result, share: float = 1) -> Result:
     """Return ``train_top1`` of training images without augmentation, and ``generalisation_gap``, that minus the test top-1.
 
-    The sample is the same for every run of a data set: evenly spaced over the training images that no run sets aside.
+    The sample is the same for every run of a data set: evenly spaced over the training images that no run sets aside, of
+    which a run with a ``share`` below 1 saw a part.
     """
     if getattr(model, "takes_boxes", False) or not len(data_set.train_labels):
         return Result([])
     images, labels = data_set.split("train")
     if not len(labels):
         return Result([])
-    places = np.unique(np.linspace(0, len(labels) - 1, min(TRAINING_SAMPLE, len(labels))).round().astype(int))
+    seen = training_rows(np.asarray(labels), share)
+    seen = np.arange(len(labels)) if seen is None else seen
+    places = seen[np.unique(np.linspace(0, len(seen) - 1, min(TRAINING_SAMPLE, len(seen))).round().astype(int))]
     sample = data.replaced(
         images[places], torch.as_tensor(np.asarray(labels)[places], dtype=torch.long).to(data.device)
     )

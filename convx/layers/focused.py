@@ -17,6 +17,14 @@ from .focused_map import FocusedMap
 from .focused_official import OfficialMap
 from .focused_regions import Region, bounding_boxes, brightness, moved, scaled, tile_mask
 
+CHOICES = {
+    "region": ("bbox", "tiles", "mask", "input"),
+    "fill": ("zero", "bias"),
+    "halo": ("exact", "zero", "official"),
+    "pooling": ("masked", "plain"),
+    "place": ("bright", "random", "centre", "given", "given_random", "given_centre"),
+    "backend": ("auto", "crop", "tiles", "dense"),
+}
 DEFAULTS = {
     "region": "bbox",
     "fill": "zero",

@@ -60,6 +60,13 @@ class Focused(nn.Module):
         """Return the outputs of the network without focus."""
         return plain(self.model(Passing(x, dense=True)))
 
+    def change(self, settings: dict, threshold: float | None = None) -> None:
+        """Change settings of the focus, and the threshold where one is given."""
+        for focus in self.focus:
+            focus.settings |= settings
+            if threshold is not None:
+                focus.threshold.fill_(threshold)
+
     def tune(self, x) -> float:
         """Measure costs with one image x [1, C, H, W] on this machine and plan by them; return the break-even share.
 

@@ -36,6 +36,11 @@ FAMILIES = {
         "convnext_cifar",
         "Two-stage ConvNeXt for 32 px images; kernel _kN",
     ),
+    "vit_small": (
+        r"vit(_[sb]|\d+_\d+_h\d+)(_p\d+)?",
+        "vit_s_p4",
+        "timm's ViT of size S or B, or of width W, depth D and H heads (vitW_D_hH); patch _pN, 16 without",
+    ),
 }
 
 
@@ -104,13 +109,26 @@ def check_name(name: str) -> None:
     )
 
 
-def create_model(name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **settings):
+def create_model(
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int | None = None,
+    input_size: int | None = None,
+    **settings,
+):
     """Build a model by name.
 
     ``resnet20_16`` and the like come from convx, ``timm/<name>`` from timm (``settings`` go to ``timm.create_model``;
     ``image_size`` is passed as ``img_size`` where the model takes it, i.e. to transformers), and ``file.py:function`` from a
     user's own file: ``function(num_classes, in_channels, image_size, **settings) -> nn.Module``.
+    ``input_size``: images are enlarged to this side in pixels first, on their device and wherever the model is called (see
+    :class:`convx.models.enlarge.Enlarge`); the model is built for that size.
     """
+    if input_size is not None:
+        from convx.models.enlarge import Enlarge
+
+        return Enlarge(input_size).attach(create_model(name, num_classes, in_channels, input_size, **settings))
     check_name(name)
     if user_function(name):
         create = load_user_function(name)

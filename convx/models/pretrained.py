@@ -82,20 +82,21 @@ def read_weights(weights: str | Path) -> dict:
     return tensors
 
 
-def paired(tensors: dict, wanted: dict) -> dict | None:
+def paired(tensors: dict, wanted: dict, ordered: bool = True) -> dict | None:
     """Return the tensors under the names of ``wanted`` {name: tensor}, or None where the two do not fit.
 
     By name where all names and shapes agree; else in order, as for a checkpoint of the same network from another code
-    base: then each pair must agree in shape and in the last part of its name (weight, running_mean, ...). The counters
-    ``num_batches_tracked`` may lack.
+    base: then each pair must agree in shape and in the last part of its name (weight, running_mean, ...); not where the
+    file does not keep the order (``ordered`` False: safetensors). The counters ``num_batches_tracked`` may lack.
     """
     ours, theirs = (
         {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")} for state in (wanted, tensors)
     )
-    if len(ours) != len(theirs):
+    same = ours.keys() == theirs.keys()
+    if len(ours) != len(theirs) or not (same or ordered):
         return None
-    pairs = {k: theirs[k] for k in ours} if ours.keys() == theirs.keys() else dict(zip(ours, theirs.values()))
-    leaves = zip(ours, theirs) if ours.keys() != theirs.keys() else ()
+    pairs = {k: theirs[k] for k in ours} if same else dict(zip(ours, theirs.values()))
+    leaves = () if same else zip(ours, theirs)
     if any(a.rsplit(".", 1)[-1] != b.rsplit(".", 1)[-1] for a, b in leaves):
         return None
     if any(tensor.shape != ours[name].shape for name, tensor in pairs.items()):
@@ -127,19 +128,31 @@ def load_pretrained(
 
     from convx.models import create_model
 
-    tensors = read_weights(weights)
-    state = None
-    for classes in dict.fromkeys((num_classes, *_classes(name, tensors))):
-        if classes is None:
-            continue
+    tensors, ordered = read_weights(weights), weights_file(weights).suffix != ".safetensors"
+
+    def like(classes: int, channels: int) -> torch.nn.Module:
         with torch.device("meta"):
-            like = create_model(name, classes, in_channels, image_size, **settings)
-        if (state := paired(tensors, like.state_dict())) is not None:
-            source = create_model(name, classes, in_channels, image_size, **settings)
-            source.load_state_dict(_materialised(state))
-            break
+            return create_model(name, classes, channels, image_size, **settings)
+
+    classes = _classes(like(num_classes or 1000, in_channels), tensors)
+    state = paired(tensors, like(classes, in_channels).state_dict(), ordered)
+    if state is not None:
+        source = create_model(name, classes, in_channels, image_size, **settings)
+        source.load_state_dict(_materialised(state))
+    elif name.startswith("timm/"):
+        # Other channels than the first convolution has here, or a layout that timm can convert; it loads strictly.
+        if (state := paired(tensors, like(classes, 3).state_dict(), ordered)) is not None:
+            tensors = _materialised(state)
+        overlay = {"pretrained": True, "pretrained_cfg_overlay": _overlay(tensors, classes)}
+        try:
+            source = create_model(name, classes, in_channels, image_size, **settings | overlay)
+        except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"weights: {weights} do not fit {name}: {reason}") from None
     else:
-        source, classes = _through_timm(name, weights, tensors, in_channels, image_size, settings)
+        raise ValueError(
+            f"weights: {weights} do not fit {name}: names or shapes of their {len(tensors)} tensors differ"
+        )
     if num_classes in (None, classes):
         return source, preprocessing(source)
     model = create_model(name, num_classes, in_channels, image_size, **settings)
@@ -158,36 +171,21 @@ def _materialised(state: dict) -> dict:
     return {k: torch.zeros(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in state.items()}
 
 
-def _classes(name: str, tensors: dict) -> list[int]:
-    """Return the numbers of classes that the weights may have: the rows of their last matrix, and timm's for the model."""
-    last = [t.shape[0] for t in tensors.values() if t.ndim in (2, 4)][-1:]
-    if name.startswith("timm/"):
-        import timm
+def _classes(like, tensors: dict) -> int:
+    """Return the number of classes of the weights: rows of the classifier if they name it as the model does, else of the
+    last matrix in the file."""
+    for name in classifier_names(like):
+        if f"{name}.weight" in tensors:
+            return tensors[f"{name}.weight"].shape[0]
+    matrices = [t for t in tensors.values() if t.ndim in (2, 4)]
+    if not matrices:
+        raise ValueError("weights: there is no matrix among them, and so no classifier")
+    return matrices[-1].shape[0]
 
-        cfg = timm.get_pretrained_cfg(name[5:])
-        last += [cfg.num_classes] if cfg else []
-    return last
 
-
-def _through_timm(name: str, weights, tensors: dict, in_channels: int, image_size, settings: dict):
-    """Load weights in a layout that timm knows how to convert, strictly; return (model, its number of classes)."""
-    import torch
-
-    from convx.models import create_model
-
-    wrong = f"weights: {weights} do not fit {name}"
-    if not name.startswith("timm/"):
-        raise ValueError(f"{wrong}: names or shapes of their {len(tensors)} tensors differ")
-    classes = _classes(name, tensors)[-1]
-    with torch.device("meta"):
-        like = create_model(name, classes, image_size=image_size, **settings)
-    if (state := paired(tensors, like.state_dict())) is not None:  # other channels than the first convolution has here
-        tensors = _materialised(state)
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": tensors, "custom_load": False}}
-    try:
-        return create_model(name, classes, in_channels, image_size, **settings | overlay), classes
-    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{wrong}: {' '.join(str(error).split())[:200]}") from None
+def _overlay(tensors: dict, classes: int) -> dict:
+    """Return the changes to timm's description of a model's weights that make it load these instead."""
+    return {"state_dict": tensors, "custom_load": False, "num_classes": classes, "label_offset": 0}
 
 
 def classifier_names(model) -> set[str]:

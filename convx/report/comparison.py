@@ -90,6 +90,7 @@ def _row(results: Results, name: str) -> dict:
     row["energy_method"] = results.method(name, "inference_energy")
     row["training_energy_method"] = results.method(name, "training_energy")
     row["devices"], row["code_versions"] = origins.pooled(results, name)
+    row["top1_method"] = results.method(name, "top1")
     row["reason"] = reason
     return row
 

@@ -111,7 +111,8 @@ def accuracy(results: Results, table: pd.DataFrame):
     one = "Accuracy: one run each, with the 95 % interval of its test images"
     style.title(figure, several if (table["seeds_done"] > 1).any() else one)
     axes.grid(axis="y", visible=False)
-    _note(figure, results)
+    others = [row["variant"] for _, row in table.iterrows() if "argmax" not in (row["top1_method"] or "argmax")]
+    _note(figure, results, f"By neighbours, without training labels: {', '.join(others)}." if others else "")
     return figure
 
 

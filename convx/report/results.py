@@ -3,6 +3,8 @@ histories."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +88,21 @@ class Results:
                 rows.append(head | {"metric": "", "value": np.nan, "unit": "", "split": "", "method": ""})
             for row in record["rows"]:
                 rows.append(head | {k: v for k, v in row.items() if k != "conditions"} | row["conditions"])
+        head = {"study": self.study["study"], "what": "derived", "status": "ok", "reason": ""}
+        rows += [head | {k: v for k, v in row.items() if k != "conditions"} | row["conditions"] for row in self.derived]
         frame = pd.DataFrame(rows, columns=None if rows else [*FIRST, *LAST])
         for column in FIRST:
             if column not in frame:
                 frame[column] = None
         conditions = sorted(set(frame.columns) - set(FIRST) - set(LAST))
         return frame[[*FIRST, *conditions, *LAST]]
+
+    @property
+    def derived(self) -> list[dict]:
+        """Return rows that follow from several runs: ``rows(results)`` in the ``derived.py`` of a paper's folder."""
+        papers = {config.declaration(self.study, name)["paper"]: None for name in self.variants}
+        names = [f"convx.papers.{paper}.derived" for paper in papers]
+        return [row for name in names if find_spec(name) for row in import_module(name).rows(self)]
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], np.ndarray]:

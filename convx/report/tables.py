@@ -118,6 +118,12 @@ def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
         ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
         if ways:
             notes.append(f"{label}: the bracket is the 95 % interval of the mean over seeds, by {'; '.join(ways)}.")
+    others = {
+        r["variant"]: r["top1_method"] for _, r in frame.iterrows() if "argmax" not in (r["top1_method"] or "argmax")
+    }
+    if others:
+        who = listed([f"`{name}`" for name in others])
+        notes.append(f"Trained without labels, so no logits: top-1 of {who} is by {'; '.join(grouped(others))}.")
     protocol = results.study["evaluate"]["corruption"]
     if protocol and frame["corruption"].notna().any():
         made = "" if protocol["protocol"] == "official" else ", images regenerated"

@@ -1,3 +1,7 @@
+localrules:
+    recipe,
+
+
 rule recipe:
     output:
         "results/{study}/recipes/{variant}/seed{seed}.json",
@@ -17,6 +21,7 @@ rule train:
         recipe="results/{study}/recipes/{variant}/seed{seed}.json",
         data=plan.data(),
         start=plan.start,
+        teacher=plan.teacher,
     output:
         model="results/{study}/runs/{variant}/seed{seed}/model.safetensors",
         checkpoints=directory("results/{study}/runs/{variant}/seed{seed}/checkpoints"),
@@ -38,6 +43,6 @@ rule train:
         source=plan.train_source,
         carbon=plan.carbon_json,
     shell:
-        "convx train {input.recipe} --data {input.data} --start {input.start:q}"
+        "convx train {input.recipe} --data {input.data} --start {input.start:q} --teacher {input.teacher:q}"
         " --source {params.source} --carbon {params.carbon:q} --out {output.model}"
         " --processes {resources.processes} --nodes {resources.nodes} > {log} 2>&1"
