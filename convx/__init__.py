@@ -14,6 +14,7 @@ VERBS = (
     "linear_combinations",
     "learnable_spacings",
     "freeze_spacings",
+    "focus",
     "agent_of",
     "fold",
     "custom",

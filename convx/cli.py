@@ -8,7 +8,20 @@ from pathlib import Path
 
 from convx import __version__
 
-USER_VERBS = ("list", "explain", "check", "queue", "retry", "pack", "unpack", "results", "data", "bench", "compare")
+USER_VERBS = (
+    "list",
+    "explain",
+    "check",
+    "queue",
+    "calibrate",
+    "retry",
+    "pack",
+    "unpack",
+    "results",
+    "data",
+    "bench",
+    "compare",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,6 +102,15 @@ def _add_tools(add) -> None:
     )
     sub.add_argument("--data", default="resources/data", metavar="FOLDER", help="prepared sets (default: %(default)s)")
     sub.add_argument("--paces", default="resources/paces", metavar="FOLDER", help="kept timings (default: %(default)s)")
+
+    from convx import calibrate
+
+    sub = add(
+        "calibrate",
+        "choose where and how much to focus a network of your own (convx.focus), on your images",
+        _calibrate,
+    )
+    calibrate.options(sub)
 
     sub = add("retry", "forget failed runs, so that the next snakemake makes them again", _retry)
     _folder(sub)
@@ -256,6 +278,12 @@ def _queue(a) -> None:
 
         write_json(a.out, queue.costs(found))
     print(json.dumps(found, indent=1) if a.json else "\n".join(map(queue.text, found)), end="\n" if a.json else "")
+
+
+def _calibrate(a) -> None:
+    from convx import calibrate
+
+    print(calibrate.from_options(a), end="")
 
 
 def _retry(a) -> None:

@@ -48,11 +48,16 @@ def _expand(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
 
 
 def find(
-    model: nn.Module, layers: str | Iterable[str], accepts: Callable[[nn.Module], bool], what: str
+    model: nn.Module,
+    layers: str | Iterable[str],
+    accepts: Callable[[nn.Module], bool],
+    what: str,
+    whole: bool = False,
 ) -> dict[str, nn.Module]:
     """Return {name: module} of the modules that match a pattern and are accepted.
 
-    A module is also matched by a pattern that names a parent of it (``"layer4"`` matches ``"layer4.0.conv1"``).
+    A module is also matched by a pattern that names a parent of it (``"layer4"`` matches ``"layer4.0.conv1"``), unless
+    ``whole`` wants the modules that are named themselves.
     Raises ``ValueError`` when nothing matches; the message lists the names that could.
     """
     patterns = _expand(model, layers)
@@ -60,7 +65,7 @@ def find(
     found = {
         name: module
         for name, module in could.items()
-        if any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
+        if any(fnmatch.fnmatchcase(name, p) or (not whole and fnmatch.fnmatchcase(name, f"{p}.*")) for p in patterns)
     }
     if not found:
         names = list(could)
@@ -98,6 +103,16 @@ def replace(
         log.info("%s: %s: %s -> %s", verb, name, records[-1].before, records[-1].after)
     new.surgery_log = [*getattr(model, "surgery_log", []), *records]
     return new
+
+
+def example_of(model: nn.Module) -> torch.Tensor:
+    """Return an input that a network of images takes, [1, C, S, S]: of timm's size where it names one, else 64 pixels."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    side = size[-1] if size else 64
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.randn(1, first.in_channels, side, side).to(first.weight)
 
 
 def start_anew(module: nn.Module, seed: int, reset: Callable[[nn.Module], None]) -> None:

@@ -36,6 +36,12 @@ def set_numerics(training: dict) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
 
 
+class NoBatches:
+    """The batches of a run that trains nothing: it needs no training images."""
+
+    images, steps, batch_size = (), 1, 1
+
+
 @dataclass(frozen=True)
 class RunData:
     """The data of a run: shape facts, normalisation, and access to its splits."""
@@ -59,8 +65,10 @@ class RunData:
     def normalise(self) -> Normalise:
         return Normalise(self.meta["mean"], self.meta["std"], self.device, self.training["channels_last"])
 
-    def train_batches(self, seed: int) -> Batches | FolderBatches:
+    def train_batches(self, seed: int) -> "Batches | FolderBatches | NoBatches":
         """Return the training batches of one seed: the images on the device, or loaded from a folder by processes."""
+        if self.training["epochs"] == 0:
+            return NoBatches()
         images, labels = self.split("train")
         if (rows := training_rows(labels.cpu().numpy(), self.training["train_share"])) is not None:
             chosen = torch.as_tensor(rows, device=self.device)

@@ -128,13 +128,13 @@ def _data_of(relative: str) -> frozenset[str]:
 
 
 @lru_cache
-def _evaluator_of(paper: str) -> frozenset[str]:
-    """Return the evaluator of a paper's folder, if it has one, with what it imports that decides numbers.
+def _evaluator_of(paper: str, which: str = "evaluate") -> frozenset[str]:
+    """Return evaluate.py (or measure.py) of a paper's folder, if it has one, with what it imports that decides numbers.
 
     That is: of its folder, of evaluate/, of layers/, and the two files at the top that are no bookkeeping.
     """
     folder = f"papers/{paper}"
-    queue = [f"{folder}/evaluate.py"] if (PACKAGE / folder / "evaluate.py").exists() else []
+    queue = [f"{folder}/{which}.py"] if (PACKAGE / folder / f"{which}.py").exists() else []
     found = set(queue)
     while queue:
         tree = _tree(queue.pop())
@@ -202,8 +202,8 @@ def source_digest(verb: str, recipe: dict | None = None) -> str:
     parts = [_file_digest(file) for file in CORE[verb]]
     if recipe is not None:
         parts += _parts(recipe)
-        if verb == "evaluate":
-            parts += [_file_digest(file) for file in sorted(_evaluator_of(recipe.get("paper") or ""))]
+        if verb in ("evaluate", "measure"):
+            parts += [_file_digest(file) for file in sorted(_evaluator_of(recipe.get("paper") or "", verb))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 

@@ -272,5 +272,7 @@ def measure(
             if reference:
                 base = read_recipe(reference[0])
                 networks[base["variant"]] = load_weights(build_model(base, meta, pretrained=False), reference[1])
-            metrics.rows += measure_run(networks, recipe, meta, settings, device).rows
+            result = measure_run(networks, recipe, meta, settings, device, Path(data).parent)
+            metrics.rows += result.rows
+            metrics.arrays = result.arrays
             metrics.environment = environment(device=str(device))

@@ -15,7 +15,7 @@ from torch import nn
 
 from convx import VERBS
 from convx.arguments import check_choices, check_limits
-from convx.replacing import Replacement, find, is_spatial_conv, replace, stage_names, start_anew
+from convx.replacing import Replacement, example_of, find, is_spatial_conv, replace, stage_names, start_anew
 from convx.seeds import derive, generator
 
 
@@ -374,3 +374,47 @@ def agent_of(
     made = f"AgentCNN({len(agent.blocks)} blocks, weights={weights}, style={style}, offsets={offsets})"
     agent.surgery_log = [*getattr(vit, "surgery_log", []), Replacement("agent_of", "", type(vit).__name__, made)]
     return agent.to(vit.head.weight.device)
+
+
+def focus(
+    model: nn.Module,
+    after: str | list[str] | None = None,
+    threshold: float | None = None,
+    region: Literal["bbox", "tiles", "mask", "input"] = "bbox",
+    fill: Literal["zero", "bias"] = "zero",
+    halo: Literal["exact", "zero", "official"] = "exact",
+    pooling: Literal["masked", "plain"] = "masked",
+    place: Literal["bright", "random", "centre", "given", "given_random", "given_centre"] = "bright",
+    keep: float | None = None,
+    coverage: float = 1.0,
+    tile: int = 16,
+    dense_above: float = 0.9,
+    backend: Literal["auto", "crop", "tiles", "dense"] = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy that computes only what matters of each image after the layer ``after``; no retraining.
+
+    Focused convolutions, arXiv 2310.07782 and 2207.10741, for any network of convolutions in evaluation mode and batches of any
+    size; each image has its own region, where the sum over channels of the positive activations of ``after`` reaches
+    ``threshold`` (None: calibrate it) or is among the ``keep`` brightest share of pixels. Batch normalisation is folded (not for
+    ``halo="official"``). Others: :class:`convx.layers.focused.Focus`. Of a focused network, without ``after``, they change.
+    """
+    given = locals().copy()
+    from convx.layers.batchnorm_folding import fold_batchnorm
+    from convx.layers.focused import CHOICES, DEFAULTS
+    from convx.layers.focused_network import Focused
+
+    check_limits(keep=keep, coverage=coverage, tile=tile, dense_above=dense_above)
+    check_choices(**{name: (given[name], choices) for name, choices in CHOICES.items()})
+    settings, log = {name: given[name] for name in DEFAULTS}, getattr(model, "surgery_log", [])
+    if isinstance(model, Focused) == (after is not None):
+        raise ValueError("after: missing, name a layer" if after is None else "after: the network is focused already")
+    if isinstance(model, Focused):
+        new, names, words = copy.deepcopy(model), model.after, dict(settings.items() - DEFAULTS.items())
+        new.change(words, threshold)
+    else:
+        names, words = list(find(model, after, lambda module: True, "module", whole=True)), settings
+        folded = copy.deepcopy(model).eval() if halo == "official" else fold_batchnorm(model, example_of(model))
+        new = Focused(folded, names, threshold, **settings)
+    new.surgery_log = [*log, *(Replacement("focus", name, "", f"focused after it: {words}") for name in names)]
+    return new

@@ -262,7 +262,7 @@ def test_data_needs_no_torch(tmp_path):
 def test_the_list_of_sets_is_complete():
     rows = {row["name"]: row for row in describe_sets()}
     assert list(rows) == list(SETS)
-    assert set(rows) == {"digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet", "folder"}
+    assert set(rows) == {"digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet", "canvas", "folder"}
     assert all(row["licence"] and row["origin"] for row in rows.values())
     assert rows["svhn"]["train"] == 73_257 and rows["tiny_imagenet"]["classes"] == 200
     assert prepare_function is prepare

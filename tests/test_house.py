@@ -39,7 +39,7 @@ STOREYS = {
     6: ["papers"],
     7: ["claims", "ledger", "evidence", "verdicts"],
     8: ["report"],
-    9: ["cli", "__main__", "steps", "explain", "bench", "compare", "pace", "slots", "queue"],
+    9: ["cli", "__main__", "steps", "explain", "bench", "calibrate", "compare", "pace", "slots", "queue"],
 }
 RANK = {name: rank for rank, names in STOREYS.items() for name in names}
 # What the check of a study reads, all without torch: names of models, data sets and corruptions, and where weights are.

@@ -1,11 +1,13 @@
 """Image folders: `<root>/{train,val|validation|test}/<class>/*`, or a root of class folders (evaluation
-only).
+only). The root may be an uncompressed tar archive of such a folder, which is read in place.
 
 Kept as an index of files and labels; pixels are decoded when they are asked for.
 """
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ class FolderIndex:
     class_names: list[str]
     splits: dict[str, tuple[list[str], np.ndarray]]
     found: str
+    tree: "DiskTree | ArchiveTree"
 
 
 def resize_settings(value: dict | None, size: int) -> dict:
@@ -64,8 +67,12 @@ def index_folder(root: Path, classes: str | None = None) -> FolderIndex:
     what is missing.
     """
     root = root.expanduser().absolute()
-    if not root.is_dir():
+    tree = ArchiveTree(root) if root.is_file() else DiskTree(root)
+    if root.is_file() and not tree.members:
+        raise ValueError(f"data.path: {root} is neither a folder nor an uncompressed tar archive of images")
+    if not root.exists():
         raise ValueError(f"data.path: {root} is not a folder")
+    _classes, _images = tree.classes, tree.images
     train = root / "train"
     test = next((root / name for name in TEST_FOLDERS if _classes(root / name)), None)
     if _classes(train) and test is None:
@@ -101,20 +108,65 @@ def index_folder(root: Path, classes: str | None = None) -> FolderIndex:
         where = classes or places.get("train", test)
         raise ValueError(f"data.path: {where} has one class ({names[0]}); a classifier needs two or more")
     found = ", ".join(f"{split}: {'.' if p == root else p.name}/" for split, p in places.items())
-    return FolderIndex(root, names, splits, found)
+    return FolderIndex(root, names, splits, found, tree)
 
 
-def _classes(place: Path) -> list[str]:
-    if not place.is_dir():
-        return []
-    return sorted(e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith("."))
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _images(place: Path) -> list[Path]:
-    found = []
-    for folder, _, files in os.walk(place):
-        found += [Path(folder) / f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-    return sorted(found)
+class DiskTree:
+    """The class folders and images below a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def classes(self, place: Path) -> list[str]:
+        if not place.is_dir():
+            return []
+        return sorted(e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith("."))
+
+    def images(self, place: Path) -> list[Path]:
+        found = []
+        for folder, _, files in os.walk(place):
+            found += [Path(folder) / f for f in files if _is_image(f)]
+        return sorted(found)
+
+    def entry(self, name: str) -> list:
+        """Return what the index keeps of a file: name and size."""
+        return [name, (self.root / name).stat().st_size]
+
+
+class ArchiveTree:
+    """The same of an uncompressed tar archive: nothing is extracted, pictures are read where they lie."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.members: dict[str, tuple[int, int]] = {}  # name -> (offset, size)
+        try:
+            with tarfile.open(root, "r:") as archive:
+                for member in archive:
+                    name = os.path.normpath(member.name)
+                    if member.isfile() and _is_image(os.path.basename(name)) and not name.startswith(("/", "..")):
+                        self.members[name] = member.offset_data, member.size
+        except tarfile.TarError:
+            pass
+
+    def _below(self, place: Path) -> list[tuple[str, ...]]:
+        above = place.relative_to(self.root).parts
+        parts = [Path(name).parts for name in self.members]
+        return [p[len(above) :] for p in parts if p[: len(above)] == above]
+
+    def classes(self, place: Path) -> list[str]:
+        return sorted({parts[0] for parts in self._below(place) if len(parts) > 1 and not parts[0].startswith(".")})
+
+    def images(self, place: Path) -> list[Path]:
+        return sorted(place.joinpath(*parts) for parts in self._below(place))
+
+    def entry(self, name: str) -> list:
+        """Return what the index keeps of a file: name, size and offset in the archive."""
+        offset, size = self.members[name]
+        return [name, size, offset]
 
 
 def _lines(path: Path) -> list[str]:
@@ -132,8 +184,9 @@ class ImageFiles:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, root: Path, files: Sequence[str], resize: dict):
+    def __init__(self, root: Path, files: Sequence[str], resize: dict, places: Sequence[tuple[int, int]] | None = None):
         self.root, self.files, self.resize = root, list(files), resize
+        self.places = places  # (offset, size) of each file where the root is an archive
         self.shape = (len(self.files), resize["size"], resize["size"], 3)
 
     @classmethod
@@ -141,7 +194,8 @@ class ImageFiles:
         """Open the index of one split of a prepared folder (empty where the split has none)."""
         path = folder / f"{split}_files.json"
         entries = json.loads(path.read_text())["files"] if path.name in meta["sha256"] else []
-        return cls(Path(meta["root"]), [name for name, _ in entries], meta["resize"])
+        places = [(entry[2], entry[1]) for entry in entries if len(entry) > 2]
+        return cls(Path(meta["root"]), [entry[0] for entry in entries], meta["resize"], places or None)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -158,15 +212,22 @@ class ImageFiles:
 
     def take(self, rows) -> "ImageFiles":
         """Return the images of some rows, still undecoded."""
-        return ImageFiles(self.root, [self.files[i] for i in rows], self.resize)
+        places = [self.places[i] for i in rows] if self.places else None
+        return ImageFiles(self.root, [self.files[i] for i in rows], self.resize, places)
 
     def picture(self, row: int):
         """Return one image as a Pillow RGB picture in its own size (for crops at random places)."""
         path = self.root / self.files[row]
         try:
-            return read_rgb(path, str(path))
+            return read_rgb(self._bytes(row) if self.places else path, str(path))
         except ValueError as error:
             raise ValueError(f"{error}; mend or remove it and prepare again") from None
+
+    def _bytes(self, row: int) -> io.BytesIO:
+        offset, size = self.places[row]
+        with open(self.root, "rb") as archive:
+            archive.seek(offset)
+            return io.BytesIO(archive.read(size))
 
 
 def fit(picture, resize: dict):

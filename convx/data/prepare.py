@@ -42,6 +42,7 @@ KEYS = {
     "resize": None,
     "classes": None,
     "lossy": False,
+    "canvas": None,
     "workers": None,
     "normalise": None,
 }
@@ -180,7 +181,7 @@ def prepare(
         partial.mkdir()
         try:
             if facts.name == "folder":
-                meta = _write_folder(settings, facts, partial)
+                meta = _write_folder(settings, facts, partial, mirrors)
             else:
                 finder = Finder.from_environment(mirrors, Path(downloads or out.parent / "downloads"), progress)
                 raw = READERS[facts.name](facts, finder, settings)
@@ -211,7 +212,7 @@ def check_settings(settings: dict) -> dict:
         or (share > 1 and share != int(share))
     ):
         raise ValueError(f"data.validation: {share!r} is neither a share below 1 nor a number of training images")
-    if share and settings["train_images"] == 0:
+    if share and settings["train_images"] == 0 and settings["name"] != "folder":
         raise ValueError("data.validation: there is nothing to set aside with train_images: 0")
     if own := settings["normalise"]:
         channels = facts_of(settings["name"]).channels
@@ -220,6 +221,8 @@ def check_settings(settings: dict) -> dict:
                 raise ValueError(
                     f"data.normalise.{key}: {len(own[key])} numbers, {settings['name']} has {channels} channels"
                 )
+    if settings["canvas"] and settings["name"] != "canvas":
+        raise ValueError(f"data.canvas: only the set `canvas` takes it, not {settings['name']}")
     if settings["name"] == "folder":
         if not settings["path"]:
             raise ValueError("data.path: missing; the set `folder` needs the root of its images")
@@ -295,22 +298,39 @@ def _write_arrays(settings: dict, facts: SetFacts, raw: RawSet, folder: Path, pr
     }
 
 
-def _write_folder(settings: dict, facts: SetFacts, folder: Path) -> dict:
-    """Write the index of an image folder, no pixel; return its meta data."""
-    index = index_folder(Path(settings["path"]), settings["classes"])
+def _found(path: str | None, mirrors: Sequence[str]) -> str | None:
+    """Return a path as it is, or below the first mirror folder that has it where it is relative and not here."""
+    if not path or Path(path).expanduser().exists():
+        return path
+    places = Finder.from_environment(mirrors, Path("unused")).mirror_folders()
+    return next((str(place / path) for place in places if (place / path).exists()), path)
+
+
+def _write_folder(settings: dict, facts: SetFacts, folder: Path, mirrors: Sequence[str] = ()) -> dict:
+    """Write the index of an image folder, no pixel; return its meta data.
+
+    Of a folder without training images, what is set aside comes from its other images, which then are no test images.
+    """
+    index = index_folder(Path(_found(settings["path"], mirrors)), _found(settings["classes"], mirrors))
+    rows = {s: _choose(index.splits[s][1], settings[f"{s}_images"], s, "folder") for s in ("train", "test")}
+    files = {s: np.array(index.splits[s][0], dtype=object)[rows[s]] for s in rows}
+    labels = {s: index.splits[s][1][rows[s]] for s in rows}
+    if settings["validation"] and not len(labels["train"]):
+        aside = _carve(labels["test"], settings["validation"], "folder")
+        files["train"], labels["train"] = files["test"][aside], labels["test"][aside]
+        files["test"], labels["test"] = np.delete(files["test"], aside), np.delete(labels["test"], aside)
+        np.save(folder / "validation_indices.npy", np.arange(len(aside)))
+    elif len(labels["train"]):
+        _save_validation(folder, labels["train"], settings, "folder")
     counts = {}
     for split in ("train", "test"):
-        files, labels = index.splits[split]
-        rows = _choose(labels, settings[f"{split}_images"], split, "folder")
-        counts[split] = len(rows)
-        if len(rows):
-            np.save(folder / f"{split}_labels.npy", labels[rows])
-            entries = [(files[i], (index.root / files[i]).stat().st_size) for i in rows]
+        counts[split] = len(labels[split])
+        if counts[split]:
+            np.save(folder / f"{split}_labels.npy", labels[split])
+            entries = [index.tree.entry(name) for name in files[split]]
             (folder / f"{split}_files.json").write_text(
                 json.dumps({"resize": settings["resize"], "files": entries}, indent=0)
             )
-        if split == "train":
-            _save_validation(folder, labels[rows], settings, "folder")
     return _meta(settings, facts, settings["resize"]["size"], counts, index.class_names, facts.mean, facts.std) | {
         "kind": "folder",
         "root": str(index.root),

@@ -222,6 +222,12 @@ def _read_tiny_imagenet(facts: SetFacts, finder: Finder, settings: dict) -> RawS
     return read_tiny_imagenet(facts, finder, settings)
 
 
+def _read_canvas(facts: SetFacts, finder: Finder, settings: dict) -> RawSet:
+    from convx.data.canvas import read_canvas
+
+    return read_canvas(facts, finder, settings)
+
+
 READERS: dict[str, Callable[[SetFacts, Finder, dict], RawSet]] = {
     "digits": read_digits,
     "fashion_mnist": read_fashion_mnist,
@@ -229,4 +235,5 @@ READERS: dict[str, Callable[[SetFacts, Finder, dict], RawSet]] = {
     "cifar100": read_cifar,
     "svhn": read_svhn,
     "tiny_imagenet": _read_tiny_imagenet,
+    "canvas": _read_canvas,
 }

@@ -76,7 +76,8 @@ class EvaluationData:
     ``images``: uint8 tensor [N, C, H, W] on the device, or uint8 array [N, H, W, C], which may be
     memory-mapped and is read one batch at a time. ``labels``: int64 tensor [N] on the device. ``normalise``:
     grey levels 0..255 [B, C, H, W], uint8 or float, to the model's input; it is differentiable in float
-    input. ``train``: training images without augmentation, where an evaluator may need them (probes, neighbours).
+    input. ``boxes``: float [N, 4] (left, top, right, bottom in pixels, the last two exclusive) of the objects, if known.
+    ``train``: training images without augmentation, where an evaluator may need them (probes, neighbours).
     """
 
     images: torch.Tensor | np.ndarray
@@ -84,6 +85,7 @@ class EvaluationData:
     normalise: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     batch_size: int = 500
+    boxes: torch.Tensor | None = None
     train: EvaluationData | None = None
 
     def __post_init__(self):
@@ -105,6 +107,7 @@ class EvaluationData:
         batch_size: int = 500,
         channels_last: bool = False,
         dtype: torch.dtype | None = None,
+        boxes=None,
     ) -> EvaluationData:
         """Return the data of uint8 images [N, H, W, C], which may be memory-mapped and are not copied.
 
@@ -120,7 +123,8 @@ class EvaluationData:
         device = torch.device(device)
         normalise = Normalise(mean, std, device, channels_last, dtype or torch.float32)
         labels = torch.as_tensor(labels, dtype=torch.long).to(device)
-        return cls(images_NHWC, labels, normalise, device, batch_size)
+        boxes = None if boxes is None else torch.as_tensor(boxes, dtype=torch.float32)
+        return cls(images_NHWC, labels, normalise, device, batch_size, boxes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,15 +139,27 @@ class EvaluationData:
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
-    def replaced(self, images, labels=None) -> EvaluationData:
-        """Return the same set-up with other images, and other labels where given."""
+    def replaced(self, images, labels=None, boxes=None) -> EvaluationData:
+        """Return the same set-up with other images, and other labels where given; boxes are those given, if any."""
         return EvaluationData(
-            images, self.labels if labels is None else labels, self.normalise, self.device, self.batch_size
+            images, self.labels if labels is None else labels, self.normalise, self.device, self.batch_size, boxes
         )
 
     def first(self, count: int | None) -> EvaluationData:
         """Return the first ``count`` images, or all of them for None or a larger count."""
-        return self if count is None else self.replaced(self.images[:count], self.labels[:count])
+        boxes = None if self.boxes is None else self.boxes[:count]
+        return self if count is None else self.replaced(self.images[:count], self.labels[:count], boxes)
+
+    def spread(self, count: int) -> EvaluationData:
+        """Return ``count`` images, or all where there are fewer, evenly spaced: a folder is sorted by class."""
+        import numpy as np
+        import torch
+
+        places = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        at = torch.as_tensor(places)
+        images = self.images[at.to(self.device) if isinstance(self.images, torch.Tensor) else places]
+        boxes = None if self.boxes is None else self.boxes[at]
+        return self.replaced(images, self.labels[at.to(self.device)], boxes)
 
     def raw_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (uint8 [B, C, H, W], labels [B]) on the device, in order."""
@@ -163,6 +179,25 @@ class EvaluationData:
         """Yield (model input [B, C, H, W], labels [B]) on the device, in order."""
         for images, labels in self.raw_batches():
             yield self.normalise(images), labels
+
+    def outputs(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (what the model returns, labels [B]) batch by batch; the caller says whether gradients are wanted."""
+        done = 0
+        for x_BCHW, labels_B in self.batches():
+            boxes = None if self.boxes is None else self.boxes[done : done + len(labels_B)]
+            yield output_of(model, x_BCHW, boxes), labels_B
+            done += len(labels_B)
+
+
+def output_of(model: nn.Module, x_BCHW: torch.Tensor, boxes_B4: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what a model makes of a batch; one with ``takes_boxes`` is given the boxes of its images."""
+    if not getattr(model, "takes_boxes", False):
+        return model(x_BCHW)
+    if boxes_B4 is None:
+        from convx.manifest import Failure
+
+        raise Failure("boxes: this variant computes given regions, and these images come without boxes")
+    return model(x_BCHW, boxes=boxes_B4)
 
 
 def folded_form(model: nn.Module) -> nn.Module | None:

@@ -20,8 +20,7 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     split, names = settings.get("split", "test"), settings.get("class_names")
     parts: list[tuple[torch.Tensor, ...]] = []
     with evaluation_mode(model), torch.inference_mode():
-        for x_BCHW, labels_B in data.batches():
-            logits_BK = model(x_BCHW)
+        for logits_BK, labels_B in data.outputs(model):
             logits_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
             classes = logits_BK.shape[1]
             parts.append(_per_image(logits_BK, labels_B))

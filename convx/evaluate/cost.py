@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from convx.evaluate import EvaluationData, Result, evaluation_mode, folded_form, row
+from convx.evaluate import EvaluationData, Result, evaluation_mode, folded_form, output_of, row
 from convx.replacing import replace
 
 MIB = 2**20
+SAMPLE = 24  # images that the MACs of a model whose cost depends on the pixels are counted on
 # Operations that move or make data without arithmetic; they are not listed as uncounted.
 MOVES = """
     _local_scalar_dense _to_copy _unsafe_view arange cat clone constant_pad_nd copy_ detach embedding empty
@@ -29,8 +30,11 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     device and shape (an FFT has no formula, a product with a matrix of shifts has other numbers): it counts as its
     folded form in both.
     ``peak_memory`` is that of one forward pass of ``settings["batch_size"]`` images (32). Only shapes and the
-    normalisation of ``data`` are used.
+    normalisation of ``data`` are used, unless the model says ``input_dependent``: then its MACs are the mean over
+    ``SAMPLE`` of the images and its memory is that of a batch of them.
     """
+    if getattr(model, "input_dependent", False):
+        return _of_images(model, data, batch=(settings or {}).get("batch_size", 32))
     batch = (settings or {}).get("batch_size", 32)
     counts = parameter_counts(model)
     method = "nn.Parameters, and frozen kernels kept as buffers [c_out, c_in, k, k]; shared tensors once"
@@ -55,6 +59,39 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     method = "largest resident set of the whole process so far, imports and data included (getrusage)"
     rows.append(row("peak_rss", peak_rss() / MIB, "MiB", method=method))
     return Result(rows)
+
+
+def _of_images(model: nn.Module, data: EvaluationData, batch: int) -> Result:
+    """Return the rows of a model whose cost depends on the pixels."""
+    sample, counts, found = data.spread(SAMPLE), parameter_counts(model), []
+    for place, x_BCHW in enumerate(torch.cat([x for x, _ in sample.batches()]).split(1)):
+        boxes = None if sample.boxes is None else sample.boxes[place : place + 1]
+        found.append(macs(_Bound(model, boxes), x_BCHW)[0])
+    method = f"torch FlopCounterMode / 2, batch 1, mean over {len(found)} test images, evenly spaced"
+    many = data.spread(batch)
+    value, how = peak_memory(_Bound(model, many.boxes), torch.cat([x for x, _ in many.batches()]))
+    where = {"batch": len(many), "device": data.device.type, "dtype": "float32"}
+    return Result(
+        [
+            row("parameters", counts["parameters"], "parameters", method="nn.Parameters; shared tensors once"),
+            row("trainable_parameters", counts["trainable"], "parameters", method="those that require gradients"),
+            row("stored_bytes", stored_bytes(model), "B", method="tensors of the state dict, shared ones once"),
+            row("macs", sum(found) / len(found), "MAC per image", n=len(found), method=method, folded="no"),
+            row("peak_memory", value / MIB, "MiB", method=f"{how}, of test images", **where),
+            row("peak_rss", peak_rss() / MIB, "MiB", method="largest resident set of the whole process so far"),
+        ]
+    )
+
+
+class _Bound(nn.Module):
+    """A model together with the boxes of the batch that it will be given."""
+
+    def __init__(self, model: nn.Module, boxes: torch.Tensor | None):
+        super().__init__()
+        self.model, self.boxes = model, boxes
+
+    def forward(self, x_BCHW):
+        return output_of(self.model, x_BCHW, self.boxes)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-from convx.evaluate import Result, evaluation_mode, row
+from convx.evaluate import Result, evaluation_mode, output_of, row
 from convx.manifest import processor
 
 WORLD_INTENSITY = 475.0  # gCO2e per kWh, CodeCarbon's world average
@@ -208,8 +208,8 @@ def run(model, shape_CHW: tuple[int, int, int], settings: dict, device="cpu") ->
     """Return ``inference_energy`` and ``inference_carbon`` per 1000 images, on a machine that is ours alone.
 
     ``settings``: ``seconds`` (5) of repeated batches, ``batch_size`` (32), ``carbon`` as for :class:`Meter`,
-    ``channels_last`` (false). The input is fixed noise, on the current number of threads. The model is moved
-    to the device.
+    ``channels_last`` (false), ``images`` (test images as ``EvaluationData``, else the input is fixed noise). On the
+    current number of threads. The model is moved to the device.
     """
     import torch
 
@@ -220,7 +220,10 @@ def run(model, shape_CHW: tuple[int, int, int], settings: dict, device="cpu") ->
     memory_format = torch.channels_last if settings.get("channels_last", False) else torch.contiguous_format
     x_BCHW = torch.randn(batch, *shape_CHW, generator=generator(0, "energy input"))
     x_BCHW = x_BCHW.to(device).contiguous(memory_format=memory_format)
-    model = model.to(device=device, memory_format=memory_format)
+    model, boxes = model.to(device=device, memory_format=memory_format), None
+    if (given := settings.get("images")) is not None:
+        sample = given.spread(batch)
+        x_BCHW, boxes, batch = torch.cat([x for x, _ in sample.batches()]), sample.boxes, len(sample)
 
     def wait() -> None:
         if device.type == "cuda":
@@ -229,13 +232,13 @@ def run(model, shape_CHW: tuple[int, int, int], settings: dict, device="cpu") ->
     queued, images = 5 if device.type == "cuda" else 1, 0  # waiting for each batch would leave a GPU idle
     with evaluation_mode(model), torch.inference_mode():
         for _ in range(3):
-            model(x_BCHW)
+            output_of(model, x_BCHW, boxes)
         wait()
         with Meter(settings.get("carbon"), device=str(device), scope="machine") as meter:
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:
                 for _ in range(queued):
-                    model(x_BCHW)
+                    output_of(model, x_BCHW, boxes)
                 wait()
                 images += queued * batch
     where = {"batch": batch, "threads": torch.get_num_threads(), "dtype": "float32", "device": device.type}

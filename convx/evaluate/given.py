@@ -48,7 +48,7 @@ def run(
     with opened(data) as root, tempfile.TemporaryDirectory(prefix="convx-") as scratch:
         network, found = load_pretrained(name, weights)
         settings = preprocessing(found, wanted)
-        index = index_folder(root, classes or _imagenet(root, Path(scratch)))
+        index = index_folder(root, classes or imagenet_classes(root, Path(scratch)))
         files, labels = index.splits["test"]
         rows = (
             np.arange(len(files))
@@ -58,7 +58,7 @@ def run(
         chosen = [files[i] for i in rows]
         if wanted.get("crop_fraction") is None and _of_size(index.root, chosen, settings["size"]):
             settings |= {"crop_fraction": 1.0, "crop": "none"}
-        pictures = ImageFiles(index.root, chosen, _resize(settings))
+        pictures = ImageFiles(index.root, chosen, resize_of(settings))
         network = network.to(device).eval()
         with torch.inference_mode():
             outputs = network(torch.zeros(1, 3, settings["size"], settings["size"], device=device)).shape[-1]
@@ -111,7 +111,7 @@ def preprocessing(found: dict, wanted: dict) -> dict:
     return settings | {"crop": "none" if squash else "center"}
 
 
-def _resize(settings: dict) -> dict:
+def resize_of(settings: dict) -> dict:
     """Return the resize settings; the short side is rounded down, as timm does."""
     size, short = settings["size"], math.floor(settings["size"] / settings["crop_fraction"])
     value = {"short_side": short, "crop": settings["crop"], "interpolation": settings["interpolation"]}
@@ -132,7 +132,7 @@ def _of_size(root: Path, files: list[str], size: int) -> bool:
     return all(sides(file) == (size, size) for file in files)
 
 
-def _imagenet(root: Path, scratch: Path) -> str | None:
+def imagenet_classes(root: Path, scratch: Path) -> str | None:
     """Return a file with the identifiers of ImageNet-1k's classes, where all class folders are of them, else None."""
     from timm.data import ImageNetInfo
 

@@ -7,6 +7,7 @@ rounds.
 
 import copy
 import gc
+import itertools
 import os
 import random
 import time
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from convx.evaluate import Result, evaluation_mode, folded_form, row
+from convx.evaluate import Result, evaluation_mode, folded_form, output_of, row
 from convx.manifest import failure_reason
 from convx.seeds import derive, generator
 from convx.statistics import latency_median_interval, ratio_of_medians_interval
 
 MIN_ROUNDS = 6  # the fewest for a 95 % interval of a median
 WARM_UP = 5
+BATCHES = 24  # different batches of test images, for models whose latency depends on the pixels
 
 
 def run(models: dict[str, nn.Module], shape_CHW: tuple[int, int, int], settings: dict, device="cpu") -> Result:
@@ -30,7 +32,8 @@ def run(models: dict[str, nn.Module], shape_CHW: tuple[int, int, int], settings:
 
     ``settings``: ``batches`` [1, 32], ``threads`` [1] (ignored on a GPU), ``dtypes`` ["float32"], ``rounds``
     (50), ``seconds`` (10; ceiling of one condition, its warm-up included), ``channels_last`` (false),
-    ``seed`` (0).
+    ``seed`` (0). ``images``: test images as ``EvaluationData``, for models whose latency depends on the pixels; each round
+    takes the next batch of them, the same for all models (default: fixed noise).
 
     Rows, for each batch, threads, dtype and folded (no, and yes where the model has something to fold):
     ``latency`` in ms by ``statistic`` (median, p10, p90, median_low, median_high), ``throughput`` in images/s
@@ -126,16 +129,13 @@ def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: 
     cores = os.cpu_count() or 1
     if device.type == "cpu" and where["threads"] > cores:
         return {}, f"not measured: the machine has {cores} cores"
-    stream = generator(settings.get("seed", 0), "latency input")
-    x_BCHW = torch.randn(where["batch"], *shape_CHW, generator=stream).to(device, getattr(torch, where["dtype"]))
-    if settings.get("channels_last", False):
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    inputs = _inputs(shape_CHW, settings, device, where)
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(where["threads"])
     try:
         with evaluation_mode(*models.values()), torch.inference_mode():
-            calls = {name: (lambda model=model: model(x_BCHW)) for name, model in models.items()}
+            calls = {name: _turns(model, inputs) for name, model in models.items()}
             clock = _events if device.type == "cuda" else _wall
             limits = {key: settings[key] for key in ("rounds", "seconds", "seed") if key in settings}
             samples = paired(calls, clock=clock, **limits)
@@ -148,10 +148,31 @@ def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: 
         torch.set_num_threads(before)
     rounds = len(next(iter(samples.values())))
     timer = "CUDA events" if device.type == "cuda" else "wall clock"
-    return (
-        samples,
-        f"{timer}, {rounds} interleaved rounds in random order after warm-up, inference mode, 95 % intervals",
-    )
+    said = f"{timer}, {rounds} interleaved rounds in random order after warm-up, inference mode, 95 % intervals"
+    if settings.get("images") is not None:
+        said += f", {len(inputs)} batches of test images by turns"
+    return samples, said
+
+
+def _inputs(shape_CHW, settings: dict, device: torch.device, where: dict) -> list[tuple]:
+    """Return [(x, boxes)]: batches of test images where there are some, else one of noise."""
+    batch, dtype = where["batch"], getattr(torch, where["dtype"])
+    if (images := settings.get("images")) is None:
+        stream = generator(settings.get("seed", 0), "latency input")
+        x_BCHW = torch.randn(batch, *shape_CHW, generator=stream).to(device, dtype)
+        last = settings.get("channels_last", False)
+        return [(x_BCHW.contiguous(memory_format=torch.channels_last) if last else x_BCHW, None)]
+    sample = images.spread(min(BATCHES * batch, len(images) - len(images) % batch))
+    x_NCHW = torch.cat([x for x, _ in sample.batches()]).to(device, dtype)
+    mixed = torch.arange(len(x_NCHW)).view(batch, -1).T.flatten()  # a batch holds images of all classes
+    boxes = [None] * BATCHES if sample.boxes is None else sample.boxes[mixed].split(batch)
+    return list(zip(x_NCHW[mixed].split(batch), boxes))
+
+
+def _turns(model: nn.Module, inputs: list[tuple]) -> Callable[[], object]:
+    """Return a call that takes the next input every time; all models are called once a round, so they keep step."""
+    turn = itertools.cycle(inputs)
+    return lambda: output_of(model, *next(turn))
 
 
 def _rows(samples: dict, form: str, reference: str | None, where: dict, method: str) -> list[dict]:

@@ -54,8 +54,9 @@ def evaluate_run(
         device,
         settings.get("batch_size", 500),
         channels_last,
+        boxes=data_set.test_boxes,
     )
-    train_images, train_labels = data_set.split("train")
+    train_images, train_labels = data_set.split("train") if len(data_set.train_labels) else ([], [])
     if len(train_labels):
         labels = torch.as_tensor(np.asarray(train_labels), dtype=torch.long).to(data.device)
         data = replace(data, train=data.replaced(train_images, labels))
@@ -82,6 +83,11 @@ def evaluate_run(
             {"checkpoints": settings.get("checkpoints")} if "checkpoints" in signature(evaluator).parameters else {}
         )
         result += evaluator(network, recipe, data, **beside)
+    return packed(result)
+
+
+def packed(result: Result) -> Result:
+    """Return the result with its arrays as text, as a metrics file holds them."""
     return Result(
         result.rows,
         per_image={name: encode(np.asarray(array)) for name, array in result.per_image.items()},
@@ -101,6 +107,8 @@ def training_gap(model: nn.Module, data: EvaluationData, data_set, result: Resul
     The sample is the same for every run of a data set: evenly spaced over the training images that no run sets aside, of
     which a run with a ``share`` below 1 saw a part.
     """
+    if getattr(model, "takes_boxes", False) or not len(data_set.train_labels):
+        return Result([])
     images, labels = data_set.split("train")
     if not len(labels):
         return Result([])
@@ -136,15 +144,35 @@ def training_gap(model: nn.Module, data: EvaluationData, data_set, result: Resul
     )
 
 
-def measure_run(networks: dict[str, nn.Module], recipe: dict, meta: dict, settings: dict, device) -> Result:
-    """Return latency (the first network beside the second) and inference energy of the first, on a device that is ours."""
+def measure_run(
+    networks: dict[str, nn.Module],
+    recipe: dict,
+    meta: dict,
+    settings: dict,
+    device,
+    data_folder: Path | None = None,
+) -> Result:
+    """Return latency (the first network beside the second) and inference energy of the first, on a device that is ours.
+
+    A network that says ``input_dependent`` is measured on test images. Also what the paper of the variant measures:
+    ``run(networks, recipe, data, settings, device)`` in ``convx/papers/<paper>/measure.py``, where there is one.
+    """
     shape = (meta["channels"], meta["image_size"], meta["image_size"])
     common = {"channels_last": recipe["training"]["channels_last"]}
     result = Result([])
+    measurer = f"convx.papers.{recipe.get('paper')}.measure"
+    images = None
+    if data_folder is not None and any(getattr(n, "input_dependent", False) for n in networks.values()):
+        data_set = open_set(data_folder)
+        statistics = (data_set.meta["mean"], data_set.meta["std"], device)
+        images = EvaluationData.from_arrays(*data_set.split("test"), *statistics, **common, boxes=data_set.test_boxes)
+        common["images"] = images
+        if recipe.get("paper") and find_spec(measurer):
+            result += import_module(measurer).run(networks, recipe, images, settings, device)
     if settings.get("latency"):
         result += latency.run(networks, shape, settings["latency"] | common, device)
     if settings.get("energy"):
         first = next(iter(networks.values()))
         carbon = {"carbon": settings.get("carbon") or {}}
         result += energy.run(first, shape, settings["energy"] | carbon | common, device)
-    return result
+    return packed(result)
