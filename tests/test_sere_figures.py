@@ -61,6 +61,7 @@ def made_up(tmp_path_factory):
     for place, name in enumerate(study["variants"]):
         for seed in study["seeds"]:
             head = {"run": {"study": "made_up", "variant": name, "seed": seed}, "status": "ok", "reason": ""}
+            head["recipe_digest"] = config.resolve(study, name, seed)["digest"]
             correct = rng.random(2000) < 0.7 + 0.03 * place
             record = head | {"what": "evaluation", "per_image": {"correct": encode(correct)}, "arrays": {}}
             if name == "cnn":
