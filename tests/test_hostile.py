@@ -249,7 +249,7 @@ def test_a_published_corrupted_set_unpacks_nothing_hostile(tmp_path, monkeypatch
     assert files_below(tmp_path) == {"noise.tar"}
 
 
-@pytest.mark.parametrize("kind", ["claims much", "damaged", "climbs"])
+@pytest.mark.parametrize("kind", ["claims much", "damaged", "damaged head", "climbs"])
 def test_a_tar_of_ones_own_images_unpacks_nothing_hostile(tmp_path, kind):
     from convx.evaluate import given
 
@@ -262,6 +262,10 @@ def test_a_tar_of_ones_own_images_unpacks_nothing_hostile(tmp_path, kind):
             entry.size = 2**40
             tar.addfile(entry)
     file.write_bytes(buffer.getvalue() if kind == "claims much" else data)
+    if kind == "damaged head":  # of the second member: tarfile alone would end there without a word
+        plain = tar_of({"a/x.png": noise, "b/y.png": noise}, "w")
+        place = plain.index(b"b/y.png")
+        file.write_bytes(plain[:place] + b"?" * 300 + plain[place + 300 :])
     if kind == "damaged":
         file.write_bytes(data[:30_000] + b"\xff" * 2000 + data[32_000:])
     with pytest.raises(ValueError, match=r"--data: .*mine\.tar cannot be unpacked"), given.opened(str(file)) as root:

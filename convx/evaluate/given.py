@@ -176,6 +176,10 @@ def opened(data: str):
                     if member.isfile() and member.name.lower().endswith(SUFFIXES):
                         check_size(member.name, member.size)
                         archive.extract(member, root, filter="data")
+                # To the end of the file: a checksum stands there, and tarfile takes a broken member for the end.
+                while rest := archive.fileobj.read(2**20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError("a member in the midst of it is damaged")
         except DAMAGE as error:
             raise ValueError(f"--data: {place} cannot be unpacked ({type(error).__name__}: {error})") from None
         found = Path(root)
