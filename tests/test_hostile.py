@@ -249,6 +249,30 @@ def test_a_published_corrupted_set_unpacks_nothing_hostile(tmp_path, monkeypatch
     assert files_below(tmp_path) == {"noise.tar"}
 
 
+@pytest.mark.parametrize("kind", ["claims much", "damaged", "damaged head", "climbs"])
+def test_a_tar_of_ones_own_images_unpacks_nothing_hostile(tmp_path, kind):
+    from convx.evaluate import given
+
+    file, buffer = tmp_path / "mine.tar", io.BytesIO()
+    noise = np.random.RandomState(0).randint(0, 4, 200_000).astype(np.uint8).tobytes()  # packs to a quarter
+    data = tar_of({"a/x.png": noise, "../b.png" if kind == "climbs" else "b/y.png": noise}, "w:gz")
+    if kind == "claims much":
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            entry = tarfile.TarInfo("a/x.png")
+            entry.size = 2**40
+            tar.addfile(entry)
+    file.write_bytes(buffer.getvalue() if kind == "claims much" else data)
+    if kind == "damaged head":  # of the second member: tarfile alone would end there without a word
+        plain = tar_of({"a/x.png": noise, "b/y.png": noise}, "w")
+        place = plain.index(b"b/y.png")
+        file.write_bytes(plain[:place] + b"?" * 300 + plain[place + 300 :])
+    if kind == "damaged":
+        file.write_bytes(data[:30_000] + b"\xff" * 2000 + data[32_000:])
+    with pytest.raises(ValueError, match=r"--data: .*mine\.tar cannot be unpacked"), given.opened(str(file)) as root:
+        list(root.iterdir())
+    assert files_below(tmp_path) == {"mine.tar"}
+
+
 def test_labels_of_svhn_out_of_range_are_not_wrapped_around(tmp_path, monkeypatch):
     from scipy.io import savemat
 

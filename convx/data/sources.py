@@ -322,13 +322,13 @@ def archive_entries(path: Path, wanted) -> Iterator[tuple[str, "object"]]:
         with _readable(path), zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if not entry.is_dir() and wanted(entry.filename):
-                    _check_size(entry.filename, entry.file_size)
+                    check_size(entry.filename, entry.file_size)
                     yield entry.filename, _reader(path, lambda entry=entry: archive.read(entry))
     else:
         with _readable(path), tarfile.open(path, mode="r|*") as archive:
             for entry in archive:
                 name = entry.name.removeprefix("./")
-                _check_size(name, entry.size)  # of every entry: a stream decompresses what is passed over, too
+                check_size(name, entry.size)  # of every entry: a stream decompresses what is passed over, too
                 if entry.isfile() and wanted(name):
                     yield name, _reader(path, lambda entry=entry: archive.extractfile(entry).read())
 
@@ -339,7 +339,8 @@ DAMAGE = (  # RuntimeError: an encrypted zip; NotImplementedError: a way to comp
 )
 
 
-def _check_size(name: str, size: int) -> None:
+def check_size(name: str, size: int) -> None:
+    """Refuse a member of an archive that claims more bytes than any file of a data set has."""
     if size > MAX_MEMBER:
         raise tarfile.ReadError(f"{name} claims {size:,} bytes, no file of a data set here has that many")
 
