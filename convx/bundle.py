@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import struct
 import tarfile
 import tempfile
 import zlib
@@ -13,11 +14,20 @@ from pathlib import Path, PurePosixPath
 
 from convx import merge
 from convx.config import ConfigError, nearest
-from convx.manifest import atomic, read_json
+from convx.manifest import atomic
+from convx.records import read_record, weights_failure
 
 LIST = "SHA256SUMS.json"
 BUNDLE_SCHEMA_VERSION = 1
 NAME = r"[a-z0-9_]+"  # of a study, as in its schema
+PART = r"\w[\w.\-]{0,99}"  # of a path: no hidden file, no white space
+MEMBER = re.compile(
+    rf"study\.json|exact\.json|manifest\.json|tables/{PART}|metrics/({PART}/){{0,4}}{PART}\.json|histories/({PART}/){{0,4}}{PART}\.csv"
+    rf"|runs/({PART}/){{0,4}}{PART}\.safetensors",
+    re.ASCII,
+)
+MAX_LIST = 2**26  # bytes
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, struct.error, UnicodeDecodeError, OverflowError)
 
 
 def _study_folder(folder: str | Path) -> Path:
@@ -30,29 +40,37 @@ def _study_folder(folder: str | Path) -> Path:
 def retry(folder: str | Path, variant: str | None = None) -> list[str]:
     """Remove the records of failed runs, so that the workflow makes them again; returns a line for each.
 
-    A failed training takes its weights, history and everything measured on it along; a failed evaluation or
-    measurement goes alone.
+    A failed training takes its weights, history and everything measured on it along, and so do weights that were cut
+    off; a failed evaluation or measurement goes alone. A record that cannot be read counts as failed.
     """
     folder = _study_folder(folder)
     if variant is not None and not (folder / "metrics" / variant).is_dir():
         known = [entry.name for entry in (folder / "metrics").iterdir()]
         raise ConfigError(f"{folder}: no metrics of variant {variant!r}{nearest(variant, known)}")
     lines = []
-    for file in sorted((folder / "metrics").glob(f"{variant or '*'}/seed*/*.json")):
-        if not file.exists():
-            continue
-        record = read_json(file)
-        if record["status"] != "failed":
-            continue
-        name, seed = file.parent.parent.name, file.parent.name
-        gone = [file]
-        if file.name == "training.json":
-            gone = [*file.parent.glob("*.json"), folder / "runs" / name / seed / "model.safetensors"]
-            gone.append(folder / "histories" / name / f"{seed}.csv")
+    for run in sorted((folder / "metrics").glob(f"{variant or '*'}/seed*")):
+        records = sorted(file for file in run.glob("*.json") if not file.name.startswith("."))
+        failed = {file.stem: why for file in records if (why := _failure(file))}
+        name, seed = run.parent.name, run.name
+        weights = folder / "runs" / name / seed / "model.safetensors"
+        if weights.exists() and (why := weights_failure(weights)):
+            failed.setdefault("training", why)
+        gone = [run / f"{what}.json" for what in failed]
+        if "training" in failed:
+            gone = [*records, weights, folder / "histories" / name / f"{seed}.csv"]
         for path in gone:
             path.unlink(missing_ok=True)
-        lines.append(f"{name} {seed} {file.stem}: forgotten ({record['reason']})")
+        lines += [f"{name} {seed} {what}: forgotten ({why})" for what, why in sorted(failed.items())]
     return lines or [f"{folder}: no failed run" + (f" of {variant}" if variant else "")]
+
+
+def _failure(file: Path) -> str | None:
+    """Return why the step of a metrics file failed, or why the file is none; None where all is well."""
+    try:
+        record = read_record(file)
+    except (ConfigError, OSError) as error:
+        return f"{file.name} cannot be used: {str(error).removeprefix(f'{file}: ')}"
+    return record["reason"] if record["status"] == "failed" else None
 
 
 def pack(folder: str | Path, out: str | Path | None = None, weights: bool = False) -> str:
@@ -67,7 +85,8 @@ def pack(folder: str | Path, out: str | Path | None = None, weights: bool = Fals
     if weights:
         wanted.append("runs/**/*.safetensors")
     found = {file for pattern in wanted for file in folder.glob(pattern) if file.is_file()}
-    files = sorted(file for file in found if not file.name.startswith("."))  # not what is being written just now
+    # Not what is being written just now, in a hidden folder.
+    files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
     out = Path(out or f"{folder.name}.convx.tar.gz")
     sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
     head = {"schema_version": BUNDLE_SCHEMA_VERSION, "study": folder.name, "files": sums}
@@ -108,7 +127,7 @@ def unpack(bundle: str | Path, results: str | Path = "results") -> str:
         raise ConfigError(f"{bundle}: there is no such file")
     try:
         study, expected = _list(bundle)
-        _check(bundle, expected)
+        _check(bundle, expected, min(_room(results), _room(Path(tempfile.gettempdir()))))
         with tempfile.TemporaryDirectory(prefix="convx-unpack-") as folder:
             incoming = Path(folder)
             with tarfile.open(bundle, "r:gz") as archive:
@@ -120,12 +139,23 @@ def unpack(bundle: str | Path, results: str | Path = "results") -> str:
             names = [name.removeprefix(f"{study}/") for name in expected]
             decided = merge.decide(incoming / study, results / study, names, str(bundle))
             merge.write(decided, incoming / study, results / study)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{bundle}: not a readable bundle ({error}); ask for it again") from None
+    except DAMAGE as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{bundle}: not a readable bundle ({words}); ask for it again") from None
+    except OSError as error:
+        raise ConfigError(f"{bundle}: not unpacked: {error.strerror or error} ({error.filename or results})") from None
     said = [f"{len(decided.added)} run{'' if len(decided.added) == 1 else 's'} added"]
     if decided.kept:
         said.append(f"{len(decided.kept)} there already with the same numbers and kept")
     return f"{results / study}: {len(expected)} files, all checksums matched; {', '.join(said)}"
+
+
+def _room(results: Path) -> int:
+    """Return the free bytes where the results go."""
+    place = results.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _list(bundle: Path) -> tuple[str, dict[str, str]]:
@@ -133,17 +163,19 @@ def _list(bundle: Path) -> tuple[str, dict[str, str]]:
     harmless."""
     with tarfile.open(bundle, "r:gz") as archive:
         first = archive.next()
-        if first is None or first.name != LIST or not first.isfile():
+        if first is None or first.name != LIST or not first.isfile() or first.size > MAX_LIST:
             raise ConfigError(f"{bundle}: not a bundle of convx (it does not begin with {LIST})")
         content = archive.extractfile(first).read()
     try:
         head = json.loads(content)
-        version, study, files = head["schema_version"], head["study"], dict(head["files"])
-    except (ValueError, KeyError, TypeError):
+        version, study, files = head["schema_version"], head["study"], head["files"]
+        if not (isinstance(files, dict) and all(isinstance(value, str) for value in files.values())):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{bundle}: its {LIST} is not readable; it is damaged, ask for it again") from None
     if version != BUNDLE_SCHEMA_VERSION:
         raise ConfigError(
-            f"{bundle}: a bundle of version {version}, this convx reads {BUNDLE_SCHEMA_VERSION}; update convx"
+            f"{bundle}: a bundle of version {version!r}, this convx reads {BUNDLE_SCHEMA_VERSION}; update convx"
         )
     if not (isinstance(study, str) and re.fullmatch(NAME, study)):
         raise ConfigError(f"{bundle}: {study!r} is not the name of a study")
@@ -151,12 +183,14 @@ def _list(bundle: Path) -> tuple[str, dict[str, str]]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
             raise ConfigError(f"{bundle}: {name} would leave the results folder")
+        if not MEMBER.fullmatch(name) or str(path) != name:
+            raise ConfigError(f"{bundle}: {name!r} is not a file that a bundle holds")
     return study, {f"{study}/{name}": value for name, value in files.items()}
 
 
-def _check(bundle: Path, expected: dict[str, str]) -> None:
+def _check(bundle: Path, expected: dict[str, str], room: int) -> None:
     """Read the whole archive: the files of the list, each once and with its sha256, and nothing else."""
-    seen = set()
+    seen, total = set(), 0
     with tarfile.open(bundle, "r:gz") as archive:
         for member in archive:
             if member.name == LIST and not seen:
@@ -165,6 +199,9 @@ def _check(bundle: Path, expected: dict[str, str]) -> None:
             if member.name not in expected or member.name in seen or not member.isfile():
                 raise ConfigError(f"{bundle}: {member.name} is not a file of its list; it is damaged, ask for it again")
             seen.add(member.name)
+            total += member.size
+            if total > room:  # before it is read: a few bytes may stand for terabytes
+                raise ConfigError(f"{bundle}: it unpacks to more than the {room / 1e9:.1f} GB that are free")
             if hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest() != expected[member.name]:
                 raise ConfigError(f"{bundle}: {member.name} does not match its sha256; it is damaged, ask for it again")
     if missing := sorted(set(expected) - seen):

@@ -4,6 +4,7 @@ import copy
 import difflib
 import hashlib
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,9 @@ SCHEMAS = next(p for p in (PACKAGE / "schemas", PACKAGE.parent / "workflow" / "s
 
 class ConfigError(ValueError):
     """A mistake of the user's, told in one line."""
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(str(text).splitlines()))
 
 
 def nearest(word: str, known) -> str:
@@ -32,15 +36,72 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML without what would be taken silently for something else: a key that stands twice, a value that holds itself."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            word = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if word in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: the key {key.value!r} stands twice")
+            seen.add(word or id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(file: str | Path, where: str | None = None):
-    """Return the content of a YAML file; a missing or broken file is one line."""
+    """Return the content of a YAML file; a missing or broken file is one line, and so is a key that stands twice."""
     where = where or str(file)
     try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return parse_yaml(Path(file).read_bytes(), where)
     except FileNotFoundError:
         raise ConfigError(f"{where}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def parse_yaml(text: bytes | str, where: str):
+    """Return the content of YAML text: plain values of JSON's kinds alone, finite, none inside itself."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        check_plain(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: its values are nested too deeply") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a date that is none, a key that is a list
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    return value
+
+
+MOST_VALUES = 200_000  # aliases of aliases of aliases multiply: a small file may stand for billions
+
+
+def check_plain(value, place: str = "", above: tuple = (), count: list | None = None) -> None:
+    """Raise ``ConfigError`` unless a value and all in it are of JSON's kinds: finite numbers, words as keys, no cycle."""
+    count = count or [0]
+    count[0] += 1
+    if count[0] > MOST_VALUES:
+        raise ConfigError(f"it stands for more than {MOST_VALUES:,} values")
+    if isinstance(value, dict | list):
+        if id(value) in above:
+            raise ConfigError(f"{place}: it holds itself")
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in inside:
+            if isinstance(value, dict) and not isinstance(key, str):
+                raise ConfigError(f"{place + ': ' if place else ''}the key {key!r} should be a word; put it in quotes")
+            check_plain(entry, f"{place}.{key}" if place else str(key), (*above, id(value)), count)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: {value!r} is not a finite number")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{place}: a whole number of {value.bit_length()} bits; 63 are the most")
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise ConfigError(f"{place}: {value!r} is {type(value).__name__}; put it in quotes")
 
 
 @lru_cache
@@ -55,12 +116,34 @@ def deref(node: dict, root: dict) -> dict:
     return node
 
 
-def check_schema(value, schema_name: str, where: str) -> None:
-    """Raise ``ConfigError`` for the first violation: the place, what is wrong, and what would be right."""
+@lru_cache
+def _validator():
+    """Return the validator of our schemas: 2.0 is no whole number, NaN and infinity are no numbers, a key is a word."""
     import jsonschema
 
+    base = jsonschema.Draft202012Validator
+    kinds = base.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+            "number": lambda _, value: (
+                (isinstance(value, int) and not isinstance(value, bool))
+                or (isinstance(value, float) and math.isfinite(value))
+            ),
+            "object": lambda _, value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+        }
+    )
+    return jsonschema.validators.extend(base, type_checker=kinds)
+
+
+def check_schema(value, schema_name: str, where: str) -> None:
+    """Raise ``ConfigError`` for the first violation: the place, what is wrong, and what would be right."""
+    try:
+        check_plain(value)
+    except (ConfigError, RecursionError) as error:
+        words = error if isinstance(error, ConfigError) else "its values are nested too deeply"
+        raise ConfigError(f"{where}: {words}") from None
     root = schema(schema_name)
-    errors = list(jsonschema.Draft202012Validator(root).iter_errors(value))
+    errors = list(_validator()(root).iter_errors(value))
     if not errors:
         return
     error = min(errors, key=lambda e: (len(e.absolute_path), str(e.absolute_path)))

@@ -310,28 +310,38 @@ def _results(a) -> None:
     print("\n".join(published.write(check=a.check)))
 
 
+def _settings(text: str):
+    """Return settings that came as JSON on the command line."""
+    from convx.config import ConfigError
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"settings: not readable as JSON ({error})") from None
+
+
 def _data(a) -> None:
     from convx import steps
 
-    steps.data(json.loads(a.settings), a.mirrors, a.out)
+    steps.data(_settings(a.settings), a.mirrors, a.out)
 
 
 def _corrupt(a) -> None:
     from convx import steps
 
-    steps.corrupt(json.loads(a.settings), a.data, a.out, a.workers)
+    steps.corrupt(_settings(a.settings), a.data, a.out, a.workers)
 
 
 def _freeze(a) -> None:
     from convx.manifest import write_json
 
-    write_json(a.out, json.loads(a.settings))
+    write_json(a.out, _settings(a.settings))
 
 
 def _train(a) -> None:
     from convx import steps
 
-    carbon = json.loads(a.carbon)
+    carbon = _settings(a.carbon)
     teacher = a.teacher or None
     steps.train(
         a.recipe, a.data, a.start or None, a.source, carbon, a.out, a.progress, a.processes, a.nodes, teacher=teacher
@@ -353,13 +363,13 @@ def _evaluate(a) -> None:
         return
     if not a.out:
         raise ValueError("--out is missing: where the metrics of the run go")
-    steps.evaluate(a.recipe, a.model, a.data, a.corrupted or None, json.loads(a.settings), a.source, a.out)
+    steps.evaluate(a.recipe, a.model, a.data, a.corrupted or None, _settings(a.settings), a.source, a.out)
 
 
 def _measure(a) -> None:
     from convx import steps
 
-    steps.measure(a.recipe, a.model, a.reference, a.data, json.loads(a.settings), a.source, a.out)
+    steps.measure(a.recipe, a.model, a.reference, a.data, _settings(a.settings), a.source, a.out)
 
 
 def _exact(a) -> None:
@@ -398,11 +408,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, e.g. head, has seen enough
         sys.stderr.close()
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         from convx.config import ConfigError
 
         if isinstance(error, ConfigError) or a.verb in USER_VERBS or (a.verb == "evaluate" and a.recipe is None):
-            print(f"convx: {error}", file=sys.stderr)
+            print(f"convx: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 2
         raise
     return 0

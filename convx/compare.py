@@ -62,8 +62,8 @@ def run(
         for file in source.glob(part):
             copy = target / file.relative_to(source)
             if file.is_file() and not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, copy)  # with its times: what is newer than what decides what is made again
+                with atomic(copy) as temporary:  # half a copy would be taken for a whole one the next time
+                    shutil.copy2(file, temporary)  # with its times: what is newer than what decides what is made again
     file = target / "compare.yaml"
     with atomic(file) as temporary:
         temporary.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")

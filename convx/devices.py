@@ -54,15 +54,20 @@ def slots_per_gpu() -> int:
 
 def lock_folder() -> Path:
     """Return the folder of the lock files, one for all of a user's jobs on this machine."""
-    folder = Path(os.environ.get("CONVX_LOCKS") or Path(tempfile.gettempdir()) / f"convx-locks-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if own := os.environ.get("CONVX_LOCKS"):
+        Path(own).mkdir(parents=True, exist_ok=True)
+        return Path(own)
+    folder = Path(tempfile.gettempdir()) / f"convx-locks-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"{folder}: belongs to somebody else; name a folder of yours in CONVX_LOCKS")
     return folder
 
 
 def _lock(gpu: str, slot: int, block: bool):
     """Return the open file that holds the lock of a slot, or None when another process has it."""
     name = "".join(c if c.isalnum() else "_" for c in gpu)
-    file = open(lock_folder() / f"gpu{name}.slot{slot}", "w")  # noqa: SIM115 - the lock lives as long as the file
+    file = open(lock_folder() / f"gpu{name}.slot{slot}", "a")  # noqa: SIM115 - the lock lives as long as the file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
     except BlockingIOError:

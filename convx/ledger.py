@@ -7,8 +7,7 @@ import copy
 import re
 from pathlib import Path
 
-import yaml
-
+from convx.checks import read_yaml
 from convx.config import PACKAGE, ConfigError, check_schema, nearest, schema
 
 PAPERS = PACKAGE / "papers"
@@ -36,10 +35,7 @@ def load_ledgers(keys: list[str] | None = None, folder: Path = PAPERS) -> list[d
 
 def _load(file: Path) -> list[dict]:
     where = f"convx/papers/{file.parent.name}/claims.yaml"
-    try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    entries = read_yaml(file, where)
     if not isinstance(entries, list):
         raise ConfigError(f"{where}: a ledger is a list of claims, this is {type(entries).__name__}")
     for place, entry in enumerate(entries):
@@ -94,7 +90,7 @@ def _check(claim: dict, here: str, divergences: set[str]) -> None:
 
 def _divergences(readme: Path) -> set[str]:
     """Return the numbered divergences that a paper's README.md describes, as lines that begin "- **D1**"."""
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""
     return set(re.findall(r"^- \*\*(D\d+)\*\*", text, flags=re.MULTILINE))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from convx import config
 from convx.config import ConfigError
 from convx.manifest import read_json
+from convx.records import read_record
 
 RUN_FILE = re.compile(r"metrics/(?P<variant>\w+)/seed(?P<seed>\d+)/(?P<what>\w+)\.json")
 OF_RUN = re.compile(r"(?:histories|runs)/(?P<variant>\w+)/seed(?P<seed>\d+)(?:\.csv|/.*)")
@@ -132,9 +133,8 @@ def _run(
 
 def _record(file: Path, where: str) -> dict:
     try:
-        record = read_json(file)
-        record["run"]["variant"], record["recipe_digest"], record["rows"], record["status"]
-    except (ValueError, KeyError, TypeError):
+        record = read_record(file)
+    except ValueError:
         raise ConfigError(
             f"{where}: {file.name} of {file.parent.parent.name} {file.parent.name} is no metrics file"
         ) from None

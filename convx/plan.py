@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from convx import config, devices
+from convx.checks import read_yaml
 from convx.config import ConfigError
 from convx.source import ledger_digest, source_digest
 
@@ -27,7 +28,9 @@ def prefer_this_python() -> None:
 class Plan:
     """The jobs of one study."""
 
-    def __init__(self, study: dict, where: str):
+    def __init__(self, study: dict, where: str, files=()):
+        for file in files:  # Snakemake has read them; it takes the last of two values of one key without a word
+            read_yaml(file)
         self.study = config.load_study(study, where)
         self.name = self.study["study"]
         self.data_key = config.data_key(self.study["data"])

@@ -165,12 +165,17 @@ def save_failed(path: str | Path, reason: str) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load weights strictly; the placeholder of a failed run is a recorded failure that carries its reason."""
-    from safetensors import safe_open
+    """Load weights strictly. The placeholder of a failed run is a recorded failure that carries its reason, and so are
+    weights that were cut off."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
-    with safe_open(str(path), framework="pt") as file:
-        reason = (file.metadata() or {}).get("convx_failed")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            reason = (file.metadata() or {}).get("convx_failed")
+    except SafetensorError as error:
+        words = " ".join(str(error).split())
+        raise Failure(f"{path}: the weights cannot be read ({words}); `convx retry` forgets them") from None
     if reason is not None:
         raise Failure(f"the training it needs failed: {reason}")
     load_model(model, str(path), strict=True)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from convx import config
+from convx.checks import ConfigError
 from convx.manifest import read_json
 from convx.merge import made_by
 from convx.plan import METRICS, Plan
+from convx.records import read_record
 
 EXACT_SECONDS = 60.0  # of one core, for the exact checks of all papers
 TRAINING_SAMPLE = 10_000  # training images that an evaluation looks at, too
@@ -59,7 +61,10 @@ class Slots:
         file = self.folder / "metrics" / variant / f"seed{seed}" / f"{what}.json"
         if not file.exists():
             return "missing", ""
-        record = read_json(file)
+        try:
+            record = read_record(file, variant, seed)
+        except ConfigError as error:
+            return "failed", str(error)
         if not made_by(self.study, record):
             return "other recipe", f"{file} was made by another recipe than the study's"
         return ("failed", record["reason"]) if record["status"] == "failed" else ("ok", "")

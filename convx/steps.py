@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from convx import devices, distributed
+from convx.checks import ConfigError
 from convx.manifest import Failure, MetricsFile, atomic, environment, failure_reason, read_json, write_json
+from convx.records import read_recipe, read_record, weights_failure
 
 FAILURE_FILE = "CONVX_FAILURE_FILE"  # where one of several processes leaves why the run failed
 CORRUPTION_SEED = 0  # of the regenerated sets; the same for every study, so that they can be shared
@@ -56,49 +59,66 @@ def train(
     nodes: int = 1,
     teacher: str | None = None,
 ) -> None:
-    """Train one run: weights, kept checkpoints, history, metrics. With more than one process or node they share its batches."""
-    recipe = read_json(recipe_file)
+    """Train one run: weights, kept checkpoints, history, metrics. With more than one process or node they share its batches.
+
+    Its progress goes when all of these are there.
+    """
+    recipe = read_recipe(recipe_file)
     model_file = Path(out)
     study_folder, variant, seed = model_file.parents[3], model_file.parents[1].name, model_file.parent.name
     history_file = study_folder / "histories" / variant / f"{seed}.csv"
-    start_weights, data_digest = _start_weights(recipe, start), _data_digest(data)
     checkpoints = model_file.parent / "checkpoints"
     metrics_file = study_folder / "metrics" / variant / seed / "training.json"
-    metrics = MetricsFile(metrics_file, "training", recipe, source_digest=source, data_digest=data_digest)
+    data_digest = _data_digest(data)
+    digests = {"source_digest": source, "data_digest": data_digest}
+    metrics = MetricsFile(metrics_file, "training", recipe, **digests)
     if processes * nodes > 1 and not distributed.launched():
         words = ["train", recipe_file, "--data", data, "--start", start or "", "--source", source]
         words += ["--carbon", json.dumps(carbon), "--out", out, "--progress", progress_root]
         _launch(words, recipe["device"], processes, nodes, metrics, model_file, history_file)
         return
-    with contextlib.nullcontext() if distributed.launched() else devices.claim(recipe["device"]):
+    with contextlib.ExitStack() as held:
+        if not distributed.launched():
+            held.enter_context(devices.claim(recipe["device"]))
         from convx.evaluate.energy import Meter
         from convx.runs import save_failed, save_weights
         from convx.training import Progress, Trainer, write_history
 
         devices.keep_freed_memory()
         checkpoints.mkdir(parents=True, exist_ok=True)
+        progress, hopeless = None, False
         with metrics if distributed.leads() else contextlib.nullcontext():
             trainer = None
             try:
-                with Progress(progress_root, recipe, source, data_digest, start_weights, teacher) as progress:
-                    trainer = Trainer(recipe, Path(data).parent, start_weights, teacher)
-                    with Meter(carbon, device=str(trainer.device), scope="process") as meter:
-                        trainer.fit(progress)
-                    meter.add_up(trainer.world)
-                    if not distributed.leads():
-                        return
-                    save_weights(trainer.exported(), model_file)
-                    for name, companion in trainer.objective.companions().items():
-                        save_weights(companion, checkpoints / f"{name}.safetensors")
-                    write_history(history_file, trainer.history)
-                    for file in progress.checkpoints.glob("*.safetensors"):
-                        file.rename(checkpoints / file.name)
+                start_weights = _start_weights(recipe, start)
+                progress = held.enter_context(
+                    Progress(progress_root, recipe, source, data_digest, start_weights, teacher)
+                )
+                if progress.waited and (record := _done_meanwhile(recipe, digests, metrics_file, model_file)):
+                    metrics.rows, metrics.environment = record["rows"], record["environment"]
                     progress.done()
+                    return
+                trainer = Trainer(recipe, Path(data).parent, start_weights, teacher)
+                with Meter(carbon, device=str(trainer.device), scope="process") as meter:
+                    trainer.fit(progress)
+                meter.add_up(trainer.world)
+                if not distributed.leads():
+                    return
+                save_weights(trainer.exported(), model_file)
+                for name, companion in trainer.objective.companions().items():
+                    save_weights(companion, checkpoints / f"{name}.safetensors")
+                write_history(history_file, trainer.history)
+                for file in progress.checkpoints.glob("*.safetensors"):
+                    with atomic(checkpoints / file.name) as temporary:  # a copy: what is killed here is done again
+                        shutil.copyfile(file, temporary)
             except Exception as error:
                 if (reason := failure_reason(error)) is not None:
+                    hopeless = isinstance(error, Failure) and trainer is not None  # it would fail again in the same way
                     if distributed.leads():
                         write_history(history_file, trainer.history if trainer else [])
                     if distributed.launched():
+                        if hopeless:
+                            progress.done()
                         _tell(reason)
                     save_failed(model_file, reason)
                 raise
@@ -120,6 +140,17 @@ def train(
                 if name in last:
                     metrics.add(f"final_{name}", last[name], "%", split=name.split("_")[0], method="last epoch")
             metrics.rows += meter.rows("training")
+        if progress is not None and (hopeless or not metrics.failed):
+            progress.done()
+
+
+def _done_meanwhile(recipe: dict, digests: dict, metrics_file: Path, model_file: Path) -> dict | None:
+    """Return the record of this very training where the process that was waited for has finished it."""
+    if distributed.launched() or not (metrics_file.exists() and model_file.exists()):
+        return None  # of several processes the others wait for this one
+    record = read_record(metrics_file)
+    same = record["recipe_digest"] == recipe["digest"] and all(record.get(k) == v for k, v in digests.items())
+    return record if same and record["status"] == "ok" else None
 
 
 def _launch(
@@ -168,19 +199,27 @@ def _start_weights(recipe: dict, start: str | None) -> Path | None:
     """Return the weights a run starts from: the file given, or the kept epoch beside it; a failed start is a failure."""
     if not recipe["start"]:
         return None
-    at_epoch = recipe["start"]["at_epoch"]
-    return Path(start).parent / "checkpoints" / f"epoch{at_epoch}.safetensors" if at_epoch is not None else Path(start)
+    if (at_epoch := recipe["start"]["at_epoch"]) is None:
+        return Path(start)
+    kept = Path(start).parent / "checkpoints" / f"epoch{at_epoch}.safetensors"
+    if not kept.exists():
+        why = weights_failure(start) or f"{kept} is missing; `convx retry` the start"
+        raise Failure(f"the training it needs failed: {why}")
+    return kept
 
 
 def _data_digest(meta_file: str) -> str:
-    return read_json(meta_file)["digest"]
+    meta = read_json(meta_file)
+    if not isinstance(meta, dict) or not isinstance(meta.get("digest"), str):
+        raise ConfigError(f"{meta_file}: not the meta data of a prepared set; prepare it again")
+    return meta["digest"]
 
 
 def evaluate(
     recipe_file: str, model: str, data: str, corrupted: str | None, settings: dict, source: str, out: str
 ) -> None:
     """Evaluate one run under every condition in one process."""
-    recipe = read_json(recipe_file)
+    recipe = read_recipe(recipe_file)
     with devices.claim(recipe["device"]):
         from convx.evaluate.run import evaluate_run
         from convx.runs import build_model, load_weights, pick_device, set_numerics
@@ -220,7 +259,7 @@ def measure(
     recipe_file: str, model: str, reference: list[str], data: str, settings: dict, source: str, out: str
 ) -> None:
     """Measure latency, paired with the baseline, and the energy of inference, on a device that the job owns."""
-    recipe = read_json(recipe_file)
+    recipe = read_recipe(recipe_file)
     with devices.claim(recipe["device"], whole=True):
         from convx.evaluate.run import measure_run
         from convx.runs import build_model, load_weights, pick_device, set_numerics
@@ -231,7 +270,7 @@ def measure(
             meta = read_json(data)
             networks = {recipe["variant"]: load_weights(build_model(recipe, meta, pretrained=False), model)}
             if reference:
-                base = read_json(reference[0])
+                base = read_recipe(reference[0])
                 networks[base["variant"]] = load_weights(build_model(base, meta, pretrained=False), reference[1])
             result = measure_run(networks, recipe, meta, settings, device, Path(data).parent)
             metrics.rows += result.rows

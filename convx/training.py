@@ -6,7 +6,6 @@ directory. Nothing in a step waits for the device; sums are read once an epoch.
 """
 
 import csv
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from convx import distributed, objectives
+from convx.locking import acquire
 from convx.manifest import Failure, atomic
 from convx.runs import RunData, build_model, build_teacher, pick_device, save_weights, set_numerics
 from convx.seeds import derive
@@ -139,18 +139,15 @@ class Progress:
         self.leads = distributed.leads()
         self.file = self.folder / "state.pt"
         self.checkpoints = self.folder / "checkpoints"
+        self.waited = False  # for another process, which may have done all
 
     def __enter__(self):
         if not self.leads:
             return self
-        self._lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # An orphan of a killed workflow may still train this run; wait for it instead of writing beside it.
-            print(f"waiting for another process that trains this run ({self.folder})", flush=True)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # An orphan of a killed workflow may still train this run; wait for it instead of writing beside it.
+        busy = f"waiting for another process that trains this run ({self.folder})"
+        self._lock = acquire(self.folder / "lock", busy)
+        self.waited = self._lock.waited
         return self
 
     def __exit__(self, *_):
@@ -160,13 +157,31 @@ class Progress:
     def save(self, state: dict) -> None:
         if not self.leads:
             return
-        with atomic(self.file) as temporary:
-            torch.save(state, temporary)
+        with atomic(self.file) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
 
-    def load(self, device: torch.device) -> dict | None:
+    def load(self, device: torch.device, kept: list[int]) -> dict | None:
+        """Return the state to continue from, or None: there is none, it cannot be read, or an epoch of ``kept`` is gone.
+
+        A damaged state costs time, not the run; nothing in it is executed.
+        """
         if not self.file.exists():
             return None
-        return torch.load(self.file, map_location=device, weights_only=True)
+        try:
+            state = torch.load(self.file, map_location=device, weights_only=True)
+            done = state["epoch"]
+        except Exception as error:  # torch raises a great many kinds for what is no archive of its own
+            words = " ".join(str(error).split())[:120] or type(error).__name__
+            print(f"starting over: {self.file} cannot be read ({words})", flush=True)
+            return None
+        gone = [epoch for epoch in kept if epoch <= done and not self.kept(epoch).exists()]
+        if gone:
+            print(f"starting over: the weights of epoch {gone[0]}, which are to be kept, were not", flush=True)
+        return None if gone else state
+
+    def kept(self, epoch: int) -> Path:
+        """Return the file of the weights that are kept of an epoch."""
+        return self.checkpoints / f"epoch{epoch}.safetensors"
 
     def done(self) -> None:
         """Remove the progress; the results are written."""
@@ -333,7 +348,8 @@ class Trainer:
         removed by the workflow when the job is killed.
         """
         device = self.device if self.world.size == 1 else torch.device("cpu")
-        if state := self.world.from_leader(progress.load(device) if progress.leads else None):
+        kept = self.training["checkpoints"]
+        if state := self.world.from_leader(progress.load(device, kept) if progress.leads else None):
             self.restore(state)
             print(f"continuing at epoch {self.epoch}, step {self.step}", flush=True)
         previous = signal.signal(signal.SIGTERM, self._terminate)
@@ -392,7 +408,7 @@ class Trainer:
 
     def _keep(self, progress: Progress) -> None:
         if progress.leads and self.epoch in self.training["checkpoints"]:
-            save_weights(self.exported(), progress.checkpoints / f"epoch{self.epoch}.safetensors")
+            save_weights(self.exported(), progress.kept(self.epoch))
 
 
 def write_history(path: str | Path, history: list[dict]) -> None:

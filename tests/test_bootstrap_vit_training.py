@@ -261,6 +261,21 @@ def test_mistakes_are_told_before_anything_runs(digits):
         bootstrap.create(make_vit(channels=1), {"mode": "joint"}, recipe["training"], data, nn.Identity())
 
 
+def test_an_evaluator_sees_the_training_images_that_the_run_saw(digits, monkeypatch):
+    from convx.evaluate import Result, run
+
+    seen = []
+    monkeypatch.setattr(
+        run, "paper_evaluator", lambda paper: lambda model, recipe, data: seen.append(data.train) or Result([])
+    )
+    for share in (1.0, 0.5):
+        recipe = recipe_of("vit", training={"train_share": share})
+        trainer = Trainer(recipe, digits)
+        run.evaluate_run(trainer.exported(), recipe, digits, None, {}, torch.device("cpu"))
+        assert len(seen[-1]) == len(trainer.batches.images)
+        assert torch.equal(seen[-1].labels, trainer.batches.labels)
+
+
 def test_evaluation_of_a_joint_run(digits, tmp_path):
     """The agent's accuracy has its branch; distances and training cost stand beside; the per-image payload is the ViT's."""
     from convx.evaluate.run import evaluate_run

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -184,19 +185,24 @@ def _hold(folder, ready, stop):
         stop.wait(30)
 
 
-def test_a_second_builder_is_refused(images, tmp_path):
+def test_a_second_builder_waits_for_the_first(images, tmp_path, capfd):
     context = multiprocessing.get_context("spawn")
     ready, stop = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path, ready, stop))
     other.start()
     try:
         assert ready.wait(30)
-        with pytest.raises(ValueError, match="another process is building"):
-            build(images[:2], "cifar_c", ["fog"], [1], tmp_path, 0, progress=False)
+        arguments = (images[:2], "cifar_c", ["fog"], [1], tmp_path, 0)
+        second = threading.Thread(target=build, args=arguments, kwargs={"progress": False})
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and not (tmp_path / "meta.json").exists()
     finally:
         stop.set()
         other.join()
-    build(images[:2], "cifar_c", ["fog"], [1], tmp_path, 0, progress=False)
+    second.join(60)
+    assert "waiting for another process that builds corruptions" in capfd.readouterr().out
+    open_corrupted(tmp_path).verify()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,7 @@ def test_opening_refuses_what_is_not_a_set(images, tmp_path):
     with pytest.raises(ValueError, match=r"snow.npy: uint8 \(1, 3, 32, 32, 3\) found"):
         open_corrupted(tmp_path)
     (tmp_path / "snow.npy").unlink()
-    with pytest.raises(ValueError, match=r"snow.npy: cannot be opened"):
+    with pytest.raises(ValueError, match=r"snow.npy: missing; build the set again"):
         open_corrupted(tmp_path)
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):

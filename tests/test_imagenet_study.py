@@ -12,6 +12,7 @@ from PIL import Image
 from convx import config, steps
 from convx.data import open_set, prepare
 from convx.data.loader import FolderBatches, FolderImages
+from convx.evaluate.run import open_corrupted_set
 from convx.manifest import write_json
 from convx.models import create_model
 from convx.runs import RunData, build_model, save_weights
@@ -224,6 +225,24 @@ def test_layer4_is_what_is_recast():
     model = apply(create_model("timm/resnetrs50", 10), config.resolve(load(), "tcnn", 0)["surgery"], 0)
     recast = [n for n, m in model.named_modules() if isinstance(m, GatedPositionalAttention)]
     assert recast == names and len(recast) == 3
+
+
+def test_labels_of_the_official_folders_are_the_studys(pictures, tmp_path):
+    """ImageNet-C's class folders are counted in the order of the study's classes, whatever that is."""
+    (tmp_path / "classes").write_text("cat\nbee\nant\n")
+    meta = prepare(
+        {"name": "folder", "path": str(pictures), "image_size": 64, "classes": str(tmp_path / "classes")},
+        tmp_path / "set",
+        progress=False,
+    )
+    for severity in range(1, 6):
+        for name in ("ant", "cat"):
+            folder = tmp_path / "c" / "fog" / str(severity) / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (64, 64), (40 * severity, 9, 9)).save(folder / "x.JPEG")
+    write_json(tmp_path / "corrupted" / "meta.json", {"official": str(tmp_path / "c")})
+    assert open_corrupted_set(tmp_path / "corrupted", meta["class_ids"]).labels_N.tolist() == [2, 0]
+    assert open_corrupted_set(tmp_path / "corrupted").labels_N.tolist() == [0, 1]
 
 
 @pytest.mark.slow

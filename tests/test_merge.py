@@ -178,7 +178,7 @@ def test_an_interrupted_merge_leaves_nothing_half_written(first, second, tmp_pat
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", breaks)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ConfigError, match="not unpacked: no space left"):
         bundle.unpack(second, results)
     monkeypatch.undo()
     assert len(count) == 5 and content(results) == before

@@ -9,7 +9,7 @@ import pytest
 from convx import config
 from convx.evaluate import row
 from convx.evaluate.payload import encode, pack
-from convx.manifest import write_json
+from convx.manifest import MetricsFile, write_json
 from convx.papers.sere import figures
 from convx.report.comparison import comparison
 from convx.report.figures import accuracy, paper_figures
@@ -60,22 +60,22 @@ def made_up(tmp_path_factory):
     rng = np.random.default_rng(0)
     for place, name in enumerate(study["variants"]):
         for seed in study["seeds"]:
-            head = {"run": {"study": "made_up", "variant": name, "seed": seed}, "status": "ok", "reason": ""}
             correct = rng.random(2000) < 0.7 + 0.03 * place
-            record = head | {"what": "evaluation", "per_image": {"correct": encode(correct)}, "arrays": {}}
-            if name == "cnn":
-                record["rows"] = [
-                    row("top1", 100 * correct.mean(), "%", n=2000, split="test", method="argmax of the logits")
-                ]
-            else:
-                record["rows"] = evaluation_rows(place, correct, rng)
-                y, x = np.mgrid[:8, :8]
-                blob = np.exp(-((x - 3 - place) ** 2 + (y - 4) ** 2) / 6)
-                record["arrays"] = {
-                    "pictures": pack(rng.random((4, 32, 32, 3))),
-                    "attention": pack(np.broadcast_to(blob, (4, 3, 8, 8)).copy()),
-                }
-            write_json(folder / "metrics" / name / f"seed{seed}" / "evaluation.json", record)
+            target = folder / "metrics" / name / f"seed{seed}" / "evaluation.json"
+            recipe = config.resolve(study, name, seed)
+            with MetricsFile(target, "evaluation", recipe, source_digest="s", data_digest="d") as file:
+                file.per_image = {"correct": encode(correct)}
+                if name == "cnn":
+                    said = "argmax of the logits"
+                    file.rows = [row("top1", 100 * correct.mean(), "%", n=2000, split="test", method=said)]
+                else:
+                    y, x = np.mgrid[:8, :8]
+                    blob = np.exp(-((x - 3 - place) ** 2 + (y - 4) ** 2) / 6)
+                    file.rows = evaluation_rows(place, correct, rng)
+                    file.arrays = {
+                        "pictures": pack(rng.random((4, 32, 32, 3))),
+                        "attention": pack(np.broadcast_to(blob, (4, 3, 8, 8)).copy()),
+                    }
             epochs = np.arange(EPOCHS + 1)
             history = {"epoch": epochs, "knn_top1": 90 - (50 - 3 * place) / (1 + epochs) + seed}
             for column, value in (("teacher_entropy", 4.0), ("teacher_information", 1.0), ("centre_norm", 0.5)):

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -228,42 +225,6 @@ def test_a_failing_run_keeps_its_row_and_can_be_retried(tmp_path):
     done = subprocess.run(command, cwd=house.root, env=house.environment, capture_output=True, text=True)
     assert "forgotten" in done.stdout
     assert {variant for rule, variant in house.planned() if variant} == {"lc_frozen_x8"}
-
-
-def descendants(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-
-
-def test_a_killed_training_ends_with_the_same_bits(finished, tmp_path):
-    """`kill -9` of Snakemake and everything below it in the middle of a training, then the same command."""
-    house = House.build(tmp_path / "house")
-    house.study["variants"] = {"cnn": None}
-    house.study["evaluate"] = {}
-    house.study["recipes"]["train"]["epochs"] = 12
-    undisturbed = House.build(tmp_path / "undisturbed", house.study)
-    assert undisturbed.snakemake().returncode == 0
-    house.write()
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "config/tiny.yaml"]
-    environment = house.environment | {"CONVX_SAVE_SECONDS": "0"}
-    process = subprocess.Popen(
-        command, cwd=house.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(house.root.glob("resources/progress/*/state.pt")):
-        time.sleep(0.02)
-    for pid in [process.pid, *descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait(30)
-    assert list(house.root.glob("resources/progress/*/state.pt"))
-    assert not house.results("runs", "cnn", "seed0", "model.safetensors").exists()
-    result = house.snakemake()
-    assert result.returncode == 0, result.stdout
-    assert "continuing at epoch" in (house.root / "logs/tiny/train/cnn.seed0.log").read_text()
-    model = ("runs", "cnn", "seed0", "model.safetensors")
-    assert sha(house.results(*model)) == sha(undisturbed.results(*model))
-    pd.testing.assert_frame_equal(accuracy_rows(house), accuracy_rows(undisturbed))
 
 
 def test_the_same_study_twice_gives_the_same_accuracies(finished, tmp_path):

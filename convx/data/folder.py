@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convx.data.pictures import read_rgb
 from convx.data.sets import nearest
 
 DEFAULT_SIZE = 224
@@ -103,6 +104,9 @@ def index_folder(root: Path, classes: str | None = None) -> FolderIndex:
             files += [path.relative_to(root).as_posix() for path in images]
             labels += [names.index(name)] * len(images)
         splits[split] = (files, np.array(labels, np.int64))
+    if len(names) < 2:
+        where = classes or places.get("train", test)
+        raise ValueError(f"data.path: {where} has one class ({names[0]}); a classifier needs two or more")
     found = ", ".join(f"{split}: {'.' if p == root else p.name}/" for split, p in places.items())
     return FolderIndex(root, names, splits, found, tree)
 
@@ -167,9 +171,9 @@ class ArchiveTree:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.expanduser().read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"data.classes: {path} cannot be read ({error.strerror})") from None
+        return path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.classes: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 class ImageFiles:
@@ -213,16 +217,11 @@ class ImageFiles:
 
     def picture(self, row: int):
         """Return one image as a Pillow RGB picture in its own size (for crops at random places)."""
-        from PIL import Image
-
         path = self.root / self.files[row]
         try:
-            with Image.open(self._bytes(row) if self.places else path) as picture:
-                return picture.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(
-                f"{path}: cannot be read as an image ({error}); mend or remove it and prepare again"
-            ) from None
+            return read_rgb(self._bytes(row) if self.places else path, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; mend or remove it and prepare again") from None
 
     def _bytes(self, row: int) -> io.BytesIO:
         offset, size = self.places[row]

@@ -100,6 +100,14 @@ def timm_policy(name: str, size: int, interpolation: str):
     return make(name, {"translate_const": int(size * 0.45), "img_mean": grey, "interpolation": method})
 
 
+def _watched(loader: DataLoader):
+    """Yield the batches of a loader; a process of it that dies while it hands one over is told as any other that dies."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
+
+
 class FolderBatches:
     """The training images of a folder in an order drawn anew for each epoch: what ``Batches`` is for small sets.
 
@@ -133,7 +141,7 @@ class FolderBatches:
             pin_memory=on_gpu,
             generator=generator(self.seed, "loader", str(epoch)),  # else it would draw from the global stream
         )
-        for step, (index, images) in enumerate(zip(parts, loader), first):
+        for step, (index, images) in enumerate(zip(parts, _watched(loader)), first):
             images = images.to(self.device, non_blocking=on_gpu)
             labels = self.labels.index_select(0, index.to(self.device))
             yield step, images, labels, generator(self.seed, "augment", f"{epoch}.{step}")

@@ -9,7 +9,6 @@ of the images.
 Every split and choice here is fixed: the same for each run seed, platform and library version.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,15 +20,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from convx.data.arrays import create, open_array
 from convx.data.folder import DEFAULT_SIZE, ImageFiles, index_folder, resize_settings
 from convx.data.pixels import pixel_statistics, resize_block
 from convx.data.readers import READERS, RawSet
 from convx.data.sets import SetFacts, facts_of, nearest
 from convx.data.sources import Finder
 from convx.data.splits import stratified_choice
+from convx.locking import acquire
 
 SCHEMA_VERSION = 1
 META = "meta.json"
+META_KEYS = ("kind", "sha256", "digest", "counts", "image_size", "channels", "num_classes", "mean", "std")
 KEYS = {
     "name": None,
     "path": None,
@@ -109,20 +111,20 @@ def open_set(folder: str | Path) -> DataSet:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads((folder / META).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder}: not a prepared data set ({META} is missing); prepare it first") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{folder / META}: not valid JSON ({error}); prepare the set again") from None
-    if meta.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(meta, dict) or meta.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"{folder / META}: not of schema version {SCHEMA_VERSION}; prepare the set again")
+    if missing := [key for key in META_KEYS if key not in meta]:
+        raise ValueError(f"{folder / META}: the key {missing[0]!r} is missing; prepare the set again")
     loaded = {}
     for array in ARRAYS:
         path = folder / f"{array}.npy"
         if path.name in meta["sha256"]:
-            if not path.is_file():
-                raise ValueError(f"{path}: missing; prepare the set again")
-            loaded[array] = np.load(path, mmap_mode="r" if array.endswith("images") else None)
+            loaded[array] = open_array(path, array.endswith("images"), "prepare the set again")
     size, channels = meta["image_size"], meta["channels"]
     for split in ("train", "test"):
         n = meta["counts"][split]
@@ -135,8 +137,18 @@ def open_set(folder: str | Path) -> DataSet:
                 f"{folder}: {split} arrays have shapes {images.shape} and {labels.shape}, {META} says "
                 f"{(n, size, size, channels)}; prepare the set again"
             )
+        _in_range(labels, meta["num_classes"], f"{folder / split}_labels.npy")
     validation = loaded.pop("validation_indices", np.zeros(0, np.int64))
+    _in_range(validation, meta["counts"]["train"], f"{folder}/validation_indices.npy")
     return DataSet(folder, meta, test_boxes=loaded.pop("test_boxes", None), validation_indices=validation, **loaded)
+
+
+def _in_range(values: np.ndarray, end: int, where: str) -> None:
+    """Check that an array holds whole numbers of 0..end - 1."""
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(f"{where}: {values.dtype} {values.shape} found, a list of whole numbers is needed")
+    if len(values) and not (values.min() >= 0 and values.max() < end):
+        raise ValueError(f"{where}: runs {values.min()}..{values.max()}, not 0..{end - 1}; prepare the set again")
 
 
 def prepare(
@@ -163,8 +175,7 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a folder for the prepared set")
     # One writer a target; the lock dies with its process, so that a killed run never blocks the next one.
-    with open(out.parent / f".{out.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with acquire(out.parent / f".{out.name}.lock", f"waiting for another process that prepares {out}"):
         partial = out.parent / f".{out.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -256,12 +267,7 @@ def _write_arrays(settings: dict, facts: SetFacts, raw: RawSet, folder: Path, pr
         if not len(rows):
             continue
         np.save(folder / f"{split}_labels.npy", raw.labels[split][rows].astype(np.int64))
-        images = np.lib.format.open_memmap(
-            folder / f"{split}_images.npy",
-            mode="w+",
-            dtype=np.uint8,
-            shape=(len(rows), size, size, facts.channels),
-        )
+        images = create(folder / f"{split}_images.npy", (len(rows), size, size, facts.channels))
         with tqdm(total=len(rows), desc=f"{facts.name} {split}", unit=" images", disable=not progress) as bar:
             for places, block in raw.blocks(split, rows):
                 images[places] = resize_block(block, size)
@@ -373,6 +379,9 @@ def _write_meta(folder: Path, meta: dict) -> None:
     meta["sha256"] = sums
     meta["digest"] = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    for path in folder.iterdir():  # on the disk before the folder has its name: a power cut leaves no empty array
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -2,9 +2,11 @@
 to disk.
 """
 
+import contextlib
 import gzip
 import io
 import pickle
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -79,7 +81,10 @@ def read_digits(facts: SetFacts, finder: Finder, settings: dict) -> RawSet:
 def read_fashion_mnist(facts: SetFacts, finder: Finder, settings: dict) -> RawSet:
     """Fashion-MNIST's four IDX files (Xiao et al. 2017)."""
     found = finder.official(facts)
-    arrays = {name: read_idx(gzip.decompress(data), name) for name, data in found.members()}
+    arrays = {}
+    for name, data in found.members():
+        with _named(name):
+            arrays[name] = read_idx(gzip.decompress(data), name)
     images = {
         "train": arrays["train-images-idx3-ubyte.gz"][..., None],
         "test": arrays["t10k-images-idx3-ubyte.gz"][..., None],
@@ -89,6 +94,20 @@ def read_fashion_mnist(facts: SetFacts, finder: Finder, settings: dict) -> RawSe
         "test": arrays["t10k-labels-idx1-ubyte.gz"].astype(np.int64),
     }
     return _in_memory(facts, found, images, labels, list(facts.class_names))
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Turn what a parser raises about a file that is not what it should be into one line with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(f"{name}: "):
+            raise
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+    except (pickle.UnpicklingError, zlib.error, OSError, EOFError, LookupError, TypeError, AttributeError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: not as published ({words}); nothing in it was run") from None
 
 
 def read_idx(data: bytes, name: str) -> np.ndarray:
@@ -134,13 +153,14 @@ def read_cifar(facts: SetFacts, finder: Finder, settings: dict) -> RawSet:
     fine = facts.name == "cifar100"
     batches, names = {}, None
     for name, data in found.members():  # the checksum of the file, or of the archive around it, has matched
-        content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-        if name in ("meta", "batches.meta"):
-            names = [str(n) for n in content["fine_label_names" if fine else "label_names"]]
-            continue
-        pixels_NCHW = content["data"].reshape(-1, 3, 32, 32)
-        images = np.ascontiguousarray(pixels_NCHW.transpose(0, 2, 3, 1))
-        batches[name] = images, np.array(content["fine_labels" if fine else "labels"], np.int64)
+        with _named(name):
+            content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+            if name in ("meta", "batches.meta"):
+                names = [str(n) for n in content["fine_label_names" if fine else "label_names"]]
+                continue
+            pixels_NCHW = content["data"].reshape(-1, 3, 32, 32)
+            images = np.ascontiguousarray(pixels_NCHW.transpose(0, 2, 3, 1))
+            batches[name] = images, np.array(content["fine_labels" if fine else "labels"], np.int64)
     order = {"train": ["train"], "test": ["test"]}
     if not fine:
         order = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
@@ -159,9 +179,13 @@ def read_svhn(facts: SetFacts, finder: Finder, settings: dict) -> RawSet:
     images, labels = {}, {}
     for name, data in found.members():
         split = name.split("_")[0]
-        content = loadmat(io.BytesIO(data), variable_names=("X", "y"))
-        images[split] = content["X"].transpose(3, 0, 1, 2)  # a view: blocks are copied as they are written
-        labels[split] = content["y"].reshape(-1).astype(np.int64) % 10
+        with _named(name):
+            content = loadmat(io.BytesIO(data), variable_names=("X", "y"))
+            images[split] = content["X"].transpose(3, 0, 1, 2)  # a view: blocks are copied as they are written
+            found_N = content["y"].reshape(-1).astype(np.int64)
+            if found_N.min() < 1 or found_N.max() > 10:
+                raise ValueError(f"labels run {found_N.min()}..{found_N.max()}, not 1..10")
+            labels[split] = found_N % 10
     return _in_memory(facts, found, images, labels, list(facts.class_names))
 
 

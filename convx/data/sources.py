@@ -7,12 +7,12 @@ becomes a path.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import logging
 import lzma
 import os
+import struct
 import tarfile
 import time
 import urllib.error
@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from convx.data.sets import OfficialFile, SetFacts
+from convx.locking import acquire
 
 log = logging.getLogger("convx")
 
@@ -35,6 +36,7 @@ SEARCH_DEPTH = 4
 ATTEMPTS = 4
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
+MAX_MEMBER = 1 << 30  # bytes of one file of an archive; the largest official one has 182 million
 
 
 class SourceError(Exception):
@@ -166,7 +168,7 @@ class Finder:
             for path in candidates.get(file.name, []):
                 if (found := md5_of(path)) == file.md5:
                     return path
-                self._note(f"{path} (MD5 {found}, expected {file.md5})")
+                self._note(f"{path} (MD5 {found}, expected {file.md5}{looks_like_a_page(path)})")
             return None
 
         return "mirror folder", search
@@ -221,6 +223,13 @@ def md5_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def looks_like_a_page(path: Path) -> str:
+    """Return words for a web page that stands where an archive belongs (a login, an error), else nothing."""
+    with open(path, "rb") as file:
+        start = file.read(1024).lstrip().lower()
+    return ", it is a web page" if start.startswith((b"<!doctype html", b"<html", b"<?xml")) else ""
+
+
 def download(url: str, target: Path, md5: str, progress: bool = True) -> Path:
     """Fetch a file to ``target``, unless it is there with the right MD5, and return it.
 
@@ -230,8 +239,7 @@ def download(url: str, target: Path, md5: str, progress: bool = True) -> Path:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with acquire(target.with_name(f".{target.name}.lock"), f"waiting for another process that fetches {target.name}"):
         for path in (target, part):
             if path.is_file():
                 if md5_of(path) == md5:
@@ -259,10 +267,11 @@ def download(url: str, target: Path, md5: str, progress: bool = True) -> Path:
                 continue
             if (found := md5_of(part)) == md5:
                 return part.rename(target)
+            page = looks_like_a_page(part)
             part.unlink()
             if not start:
                 raise WrongContent(
-                    f"the download had MD5 {found}, expected {md5}; it was deleted, run again to repeat it"
+                    f"the download had MD5 {found}, expected {md5}{page}; it was deleted, run again to repeat it"
                 )
     raise PlaceGone(f"failed {ATTEMPTS} times, last: {problem}; run the same command again to continue")
 
@@ -313,13 +322,27 @@ def archive_entries(path: Path, wanted) -> Iterator[tuple[str, "object"]]:
         with _readable(path), zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if not entry.is_dir() and wanted(entry.filename):
+                    check_size(entry.filename, entry.file_size)
                     yield entry.filename, _reader(path, lambda entry=entry: archive.read(entry))
     else:
         with _readable(path), tarfile.open(path, mode="r|*") as archive:
             for entry in archive:
                 name = entry.name.removeprefix("./")
+                check_size(name, entry.size)  # of every entry: a stream decompresses what is passed over, too
                 if entry.isfile() and wanted(name):
                     yield name, _reader(path, lambda entry=entry: archive.extractfile(entry).read())
+
+
+DAMAGE = (  # RuntimeError: an encrypted zip; NotImplementedError: a way to compress that Python does not know
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, OSError, RuntimeError, NotImplementedError, UnicodeDecodeError, OverflowError),
+)
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse a member of an archive that claims more bytes than any file of a data set has."""
+    if size > MAX_MEMBER:
+        raise tarfile.ReadError(f"{name} claims {size:,} bytes, no file of a data set here has that many")
 
 
 @contextlib.contextmanager
@@ -327,8 +350,9 @@ def _readable(path: Path):
     """Turn the many ways in which a damaged archive fails into one line that names it."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: damaged archive ({error}); fetch it again") from None
+    except DAMAGE as error:
+        page = looks_like_a_page(path) if path.is_file() else ""
+        raise ValueError(f"{path}: damaged archive ({' '.join(str(error).split())}{page}); fetch it again") from None
 
 
 def _reader(path: Path, read):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convx.data.pictures import read_rgb
 from convx.data.readers import RawSet
 from convx.data.sets import SetFacts
 from convx.data.sources import SEARCH_DEPTH, Finder, archive_entries
@@ -39,7 +40,7 @@ class Layout:
             for name, read in archive_entries(container, MEMBER.search):
                 member = MEMBER.search(name)[1]
                 if member in TEXTS and member not in self.texts:
-                    self.texts[member] = read().decode()
+                    self.texts[member] = read().decode("utf-8", "replace")
                 self.where.setdefault(member, container)
 
     def images(self, split: str) -> list[str]:
@@ -159,13 +160,7 @@ def _decode(layout: Layout, members: list[str]) -> Iterator[tuple[np.ndarray, np
 
 
 def _pixels(data: bytes, name: str) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            image = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name}: cannot be read as an image ({error})") from None
+    image = np.asarray(read_rgb(io.BytesIO(data), name))
     if image.shape != (SIZE, SIZE, 3):
         raise ValueError(f"{name}: {image.shape[1]}x{image.shape[0]} pixels, not {SIZE}x{SIZE}")
     return image

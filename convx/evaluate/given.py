@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from convx.data.folder import SUFFIXES, ImageFiles, index_folder, resize_settings
+from convx.data.sources import DAMAGE, check_size
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 PREPROCESSING = ("size", "crop_fraction", "interpolation", "mean", "std")  # what a caller may set
@@ -126,7 +127,7 @@ def _of_size(root: Path, files: list[str], size: int) -> bool:
         try:
             with Image.open(root / file) as picture:
                 return picture.size
-        except (OSError, SyntaxError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             return 0, 0  # whoever decodes it says what is wrong
 
     return all(sides(file) == (size, size) for file in files)
@@ -173,8 +174,13 @@ def opened(data: str):
             with tarfile.open(place) as archive:
                 for member in archive:
                     if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                        check_size(member.name, member.size)
                         archive.extract(member, root, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
+                # To the end of the file: a checksum stands there, and tarfile takes a broken member for the end.
+                while rest := archive.fileobj.read(2**20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError("a member in the midst of it is damaged")
+        except DAMAGE as error:
             raise ValueError(f"--data: {place} cannot be unpacked ({type(error).__name__}: {error})") from None
         found = Path(root)
         while (

@@ -9,6 +9,8 @@ import zlib
 
 import numpy as np
 
+from convx.records import inflate
+
 
 def encode(array: np.ndarray) -> dict:
     """Return a boolean or uint8 array [N] as {"dtype", "n", "data"}."""
@@ -22,10 +24,9 @@ def encode(array: np.ndarray) -> dict:
 
 def decode(payload: dict) -> np.ndarray:
     """Return the array that :func:`encode` was given."""
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(payload["data"])), dtype=np.uint8)
-    if payload["dtype"] == "bool":
-        return np.unpackbits(raw, count=payload["n"]).astype(bool)
-    return raw.copy()
+    n, packed = payload["n"], payload["dtype"] == "bool"
+    raw = np.frombuffer(inflate(payload["data"], -(-n // 8) if packed else n), dtype=np.uint8)
+    return np.unpackbits(raw, count=n).astype(bool) if packed else raw.copy()
 
 
 def pack(array: np.ndarray) -> dict:
@@ -40,5 +41,6 @@ def pack(array: np.ndarray) -> dict:
 
 def unpack(payload: dict) -> np.ndarray:
     """Return the array that :func:`pack` was given, as float32 of half precision."""
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(payload["data"])), dtype="<f2")
+    size = 2 * int(np.prod(payload["shape"], dtype=np.int64))
+    raw = np.frombuffer(inflate(payload["data"], size), dtype="<f2")
     return raw.reshape(payload["shape"]).astype(np.float32)

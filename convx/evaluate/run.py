@@ -12,6 +12,7 @@ from torch import nn
 
 from convx import objectives
 from convx.data import open_set
+from convx.data.folder import ImageFiles
 from convx.data.splits import training_rows
 from convx.evaluate import EvaluationData, Result, accuracy, attacks, corruption, cost, energy, kernels, latency, row
 from convx.evaluate.payload import encode, pack
@@ -57,8 +58,13 @@ def evaluate_run(
         boxes=data_set.test_boxes,
     )
     train_images, train_labels = data_set.split("train") if len(data_set.train_labels) else ([], [])
+    share = recipe["training"].get("train_share", 1)
     if len(train_labels):
-        labels = torch.as_tensor(np.asarray(train_labels), dtype=torch.long).to(data.device)
+        train_labels = np.asarray(train_labels)
+        if (seen := training_rows(train_labels, share)) is not None:  # what the run did not see stays unseen
+            train_labels = train_labels[seen]
+            train_images = train_images.take(seen) if isinstance(train_images, ImageFiles) else train_images[seen]
+        labels = torch.as_tensor(train_labels, dtype=torch.long).to(data.device)
         data = replace(data, train=data.replaced(train_images, labels))
     # An encoder gives features: its objective says what classifies them; what the network costs is the encoder's own.
     features = objectives.classifier(model, recipe, data.train)
@@ -76,7 +82,6 @@ def evaluate_run(
         result += attacks.run(model, attacked, settings["attacks"] | {"seed": recipe["seed"]})
     result += cost.run(network, data) + kernels.run(network)
     if features is None:  # neighbours: every training image is its own
-        share = recipe["training"].get("train_share", 1)
         result += training_gap(model, data, data_set, result, share)
     if evaluator := paper_evaluator(recipe.get("paper")):
         beside = (

@@ -25,7 +25,7 @@ def tally(results, *variants: str | None) -> tuple[Counter, dict[str, Counter]]:
     """Return {device: runs} and {step: {source digest: runs}} of the trained and evaluated runs of some variants."""
     devices, code = Counter(), {"training": Counter(), "evaluation": Counter()}
     for record in results.records:
-        if record["run"]["variant"] in variants and record["what"] in code:
+        if record["run"]["variant"] in variants and record["what"] in code and record["environment"]:
             code[record["what"]][record.get("source_digest") or "unknown"] += 1
             if record["what"] == "evaluation":
                 devices[device(record)] += 1
@@ -67,7 +67,7 @@ def manifest(results) -> dict:
     """Return the manifest of a study: a line for every metrics file, and the recipe of each variant (that of its first seed)."""
     runs = []
     for file, record in results.files.items():
-        if file in results.strangers:
+        if file in results.strangers or not record["environment"]:  # of a step that left no record, or a broken one
             continue
         facts = record["environment"]
         runs.append(

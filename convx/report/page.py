@@ -261,7 +261,8 @@ def _reading(frame: pd.DataFrame) -> str:
 def _provenance(results: Results) -> str:
     seen: Counter = Counter()
     for record in results.records:
-        facts = record["environment"]
+        if not (facts := record["environment"]):  # a step that left no record
+            continue
         torch = facts.get("packages", {}).get("torch", "")
         seen[facts.get("processor", ""), facts.get("device", ""), facts.get("device_name", ""), torch] += 1
     places = "".join(

@@ -1,6 +1,8 @@
 """Reading ``results/<study>``: the frozen study, the metrics files as one tidy table, per-image payloads,
 histories."""
 
+import io
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -9,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from convx import claims, config
 from convx.evidence import Table, same
 from convx.manifest import read_json
+from convx.records import found_record
 from convx.report import origins
 
+log = logging.getLogger("convx")
 FIRST = ["study", "variant", "seed", "what", "metric", "value", "unit", "n", "split"]
 LAST = ["method", "status", "reason"]
 
@@ -34,7 +39,11 @@ class Results:
         file = self.folder / "study.json"
         if not file.exists():
             raise config.ConfigError(f"{file}: missing; run the workflow, or unpack a bundle, first")
-        return read_json(file)
+        study = read_json(file)
+        needed = ("study", "variants", "seeds", "baseline", "data", "evaluate")
+        if missing := [key for key in needed if not isinstance(study, dict) or key not in study]:
+            raise config.ConfigError(f"{file}: not a frozen study, it has no {missing[0]!r}; remove it and run again")
+        return study
 
     @property
     def variants(self) -> list[str]:
@@ -46,12 +55,19 @@ class Results:
 
     @cached_property
     def files(self) -> dict[Path, dict]:
-        """Return every metrics file of a run that the study holds, with its content, in the study's order."""
+        """Return every metrics file of a run that the study holds, with its content, in the study's order.
+
+        One that cannot be used, and a step that died before it wrote one, is a failed record with its reason.
+        """
         found = {}
         for variant in self.variants:
             for seed in self.seeds(variant):
-                for file in sorted((self.folder / "metrics" / variant / f"seed{seed}").glob("*.json")):
-                    found[file] = read_json(file)
+                folder = self.folder / "metrics" / variant / f"seed{seed}"
+                there = {file.stem for file in folder.glob("*.json") if not file.name.startswith(".")}
+                for what in sorted(there | self._promised(variant, seed)):
+                    file = folder / f"{what}.json"
+                    if record := found_record(file, variant, seed, self.study):
+                        found[file] = record
         return found
 
     @cached_property
@@ -72,6 +88,12 @@ class Results:
             if recipes[key] != record["recipe_digest"]:
                 found[file] = record["recipe_digest"]
         return found
+
+    def _promised(self, variant: str, seed: int) -> set[str]:
+        """Return the steps that the study makes of a run; what once was tried and no longer is does not count."""
+        evaluate = self.study["evaluate"]
+        costs = (evaluate.get("latency") or evaluate.get("energy")) and seed == self.seeds(variant)[0]
+        return {"training", "evaluation", *(["cost"] if costs else [])}
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -183,9 +205,19 @@ class Results:
         return found
 
     def history(self, variant: str, seed: int) -> pd.DataFrame | None:
-        """Return the history of a run, or None."""
+        """Return the history of a run, or None where there is none, or none that can be read (the log says so)."""
         file = self.folder / "histories" / variant / f"seed{seed}.csv"
-        return pd.read_csv(file) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            text = file.read_text(encoding="utf-8")
+            frame = pd.read_csv(io.StringIO(text))
+            if not text.endswith("\n") or "epoch" not in frame or not (frame.empty or is_numeric_dtype(frame["epoch"])):
+                raise ValueError("it is no table of numbers by epoch, or was cut off")
+        except ValueError as error:  # pandas' own errors are ValueErrors too
+            log.warning("ignored %s: %s", file, " ".join(str(error).split()))
+            return None
+        return frame
 
     @property
     def claims_study(self) -> dict:
@@ -196,4 +228,23 @@ class Results:
     def exact(self) -> dict | None:
         """Return the numbers of the exact checks, or None where they were not run."""
         file = self.folder / "exact.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return _checked_exact(read_json(file))
+        except ValueError as error:
+            text = f"{file.name} cannot be used: {str(error).removeprefix(f'{file}: ')}"
+            return {claim["check"]: {"error": text} for claim in claims.load_ledgers() if claim["check"]}
+
+
+def _checked_exact(numbers) -> dict:
+    """Return the numbers of the exact checks if each is a number or an error in words."""
+    if not isinstance(numbers, dict):
+        raise ValueError("it holds no mapping of checks")
+    for check, found in numbers.items():
+        fine = isinstance(found, dict) and (
+            isinstance(found.get("error"), str) or type(found.get("value")) in (int, float)
+        )
+        if not fine:
+            raise ValueError(f"{check}: neither a number nor an error in words")
+    return numbers

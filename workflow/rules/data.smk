@@ -28,9 +28,10 @@ rule corrupt:
         f"logs/{plan.name}/corrupt.log",
     benchmark:
         f"logs/{plan.name}/corrupt.benchmark.tsv"
+    retries: 2
     conda:
         "../../envs/environment.yaml"
-    threads: 32
+    threads: 24
     resources:
         mem_mb=3000,
     params:

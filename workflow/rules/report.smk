@@ -23,6 +23,8 @@ rule exact:
         "results/{study}/exact.json",
     log:
         "logs/{study}/exact.log",
+    benchmark:
+        "logs/{study}/exact.benchmark.tsv"
     conda:
         "../../envs/environment.yaml"
     threads: 1

@@ -7,15 +7,17 @@ unpacked folders, with the mapping interface of the regenerated sets: corruption
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from convx.data.arrays import open_array
 from convx.data.corruptions.constants import EXTRA, MAIN, SEVERITIES
+from convx.data.pictures import read_rgb
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class OfficialCifar(Mapping[str, np.ndarray]):
         path = folder / "labels.npy"
         if not path.is_file():
             raise ValueError(f"{path}: missing; it holds the labels of all five severities")
-        labels = np.load(path)
+        labels = open_array(path)
         if labels.shape != (5 * images,):
             raise ValueError(f"{path}: shape {labels.shape}, ({5 * images},) expected")
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"{path}: {labels.dtype} found, whole numbers expected")
         labels_5N = labels.reshape(5, images).astype(np.int64)
         if not (labels_5N == labels_5N[0]).all():
             raise ValueError(
@@ -94,10 +98,7 @@ class OfficialCifar(Mapping[str, np.ndarray]):
 
     def _array(self, corruption: str) -> np.ndarray:
         path, expected = self.folder / f"{corruption}.npy", (5 * self.images, 32, 32, 3)
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be opened as an array ({error})") from None
+        array = open_array(path, mapped=True)
         if array.shape != expected or array.dtype != np.uint8:
             raise ValueError(f"{path}: {array.dtype} {array.shape} found, uint8 {expected} expected")
         return array
@@ -150,8 +151,7 @@ class JpegFolder:
 
     def _decode(self, severity: int, file: str) -> np.ndarray:
         path = self.root / str(severity) / file
-        with Image.open(path) as picture:
-            image = np.asarray(picture.convert("RGB"))
+        image = np.asarray(read_rgb(path, str(path)))
         if image.shape != self.shape[2:]:
             raise ValueError(f"{path}: {image.shape[:2]} px, {self.shape[2:4]} expected as in the rest of the set")
         return image
@@ -198,8 +198,8 @@ class OfficialImageNet(Mapping[str, JpegFolder]):
             raise ValueError(f"{folder}: class folder {unknown[0]} is not among the {len(classes)} classes given")
         self.classes = tuple(classes)
         self.labels_N = np.array([position[name] for name in names], np.int64)
-        with Image.open(next(iter(self.roots.values())) / "1" / self.files[0]) as first:
-            self.width, self.height = first.size
+        first = next(iter(self.roots.values())) / "1" / self.files[0]
+        self.width, self.height = read_rgb(first, str(first)).size
 
     def __getitem__(self, corruption: str) -> JpegFolder:
         return JpegFolder(self.roots[corruption], self.files, self.height, self.width)
@@ -286,9 +286,17 @@ def verified_folder(path: str | Path, scratch: str | Path) -> Path:
                 raise ValueError(
                     f"{file}: its {algorithm} is {digest}, published is {expected}; download {archive.url} again"
                 )
-    target = scratch / "unpacked"
-    for file in found:
-        with tarfile.open(file) as tar:
-            tar.extractall(target, filter="data")
+    target, partial = scratch / "unpacked", scratch / ".unpacked.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    try:
+        for file in found:
+            with tarfile.open(file) as tar:
+                tar.extractall(partial, filter="data")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except tarfile.TarError as error:  # a member that leaves the folder, or links out of it, is one too
+        raise ValueError(f"{file}: not unpacked: {' '.join(str(error).split())}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     inner = [entry for entry in target.iterdir() if entry.is_dir()]
     return inner[0] if len(inner) == 1 and any(inner[0].glob("*.npy")) else target

@@ -7,7 +7,6 @@ corruptions that it had finished.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -17,16 +16,21 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from convx.data.arrays import create, open_array
 from convx.data.corruptions.constants import SEVERITIES, Protocol, protocol_of
+from convx.locking import acquire
+from convx.manifest import atomic
 
 SCHEMA_VERSION = 1
 META = "meta.json"
@@ -67,20 +71,16 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _locked(folder: Path):
-    """Keeps a second build (say, of an orphan) out of the folder for as long as this one runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is building corruptions there; wait for it") from None
+    """Keeps a second build out of the folder for as long as this one runs; an orphan of a killed one is waited for."""
+    with acquire(folder / ".lock", f"waiting for another process that builds corruptions in {folder}"):
+        for left in folder.glob(".source-*.npy"):  # of a build that was killed: we hold the lock
+            left.unlink(missing_ok=True)
         yield
 
 
@@ -91,8 +91,17 @@ _OPEN: dict[str, np.ndarray] = {}
 def _start_worker(source: str) -> None:
     import cv2
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)  # the processes are the parallelism
     _OPEN["source"] = np.load(source, mmap_mode="r")
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone: killed, it could not stop its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job) -> tuple[str, int]:
@@ -126,8 +135,9 @@ def build(
     workers: processes (1: this one); the result does not depend on it. They are spawned, so a script that
     calls this with more than one needs the usual ``if __name__ == "__main__":``.
     A folder that holds arrays of the same images, constants, severities, seed and library versions is
-    completed; one that holds others is built anew. ValueError for unknown names, wrong arrays and a folder
-    that another process is filling.
+    completed; one that holds others is built anew; one that another process is filling is waited for. ValueError
+    for unknown names and wrong arrays. A full disk is an OSError before any image is made; a worker that dies
+    is a RuntimeError, and the next call goes on with what was finished.
     """
     from convx.data.corruptions.constants import MAIN
     from convx.data.corruptions.engine import check_images
@@ -174,6 +184,8 @@ def build(
                 for corruption in _completed(jobs, run, bar):
                     part = folder / f"{corruption}.npy.part"
                     finished[corruption] = _sha256(part)
+                    with part.open("rb") as file:
+                        os.fsync(file.fileno())
                     os.replace(part, folder / f"{corruption}.npy")
                     _write_json(folder / STATE, identity | {"sha256": finished})
         ordered = {c: finished[c] for c in protocol.corruptions if c in finished}
@@ -214,9 +226,15 @@ def _jobs(shape, protocol, missing, severities, folder, seed) -> Iterator[tuple]
     if size > free:  # a full disk would kill the workers that write through memory maps
         raise ValueError(f"{folder}: {size / 1e9:.1f} GB needed for the corrupted set, {free / 1e9:.1f} GB free")
     chunk = max(1, CHUNK_BYTES // int(np.prod(shape[1:])))
-    for corruption in missing:
-        part = folder / f"{corruption}.npy.part"
-        np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(severities), *shape)).flush()
+    parts = [folder / f"{corruption}.npy.part" for corruption in missing]
+    try:
+        for part in parts:
+            create(part, (len(severities), *shape))
+    except OSError:  # somebody else took the room
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for corruption, part in zip(missing, parts):
         for row, severity in enumerate(severities):
             for start in range(0, shape[0], chunk):
                 stop = min(start + chunk, shape[0])
@@ -278,6 +296,11 @@ def _pool(workers: int, source: str):
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     waiting |= {pool.submit(_work, job) for job in itertools.islice(jobs, len(done))}
                     yield from (future.result() for future in done)
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "a worker that corrupts images died (killed, or out of memory); what is finished is kept, the same "
+                    "command goes on; fewer --workers need less memory"
+                ) from None
             finally:  # after an error: do not work off the rest first
                 for future in waiting:
                     future.cancel()
@@ -299,7 +322,7 @@ class CorruptedSet(Mapping[str, np.ndarray]):
     def __getitem__(self, corruption: str) -> np.ndarray:
         if corruption not in self.meta["corruptions"]:
             raise KeyError(corruption)
-        return np.load(self.folder / f"{corruption}.npy", mmap_mode="r")
+        return open_array(self.folder / f"{corruption}.npy", mapped=True, again="build the set again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta["corruptions"])
@@ -341,10 +364,8 @@ def open_corrupted(folder: str | Path) -> CorruptedSet:
         raise ValueError(f"{folder / META}: schema_version {meta.get('schema_version')!r}, {SCHEMA_VERSION} is needed")
     result = CorruptedSet(folder, meta)
     for corruption in result:
-        try:
-            shape, kind = result[corruption].shape, result[corruption].dtype
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / corruption}.npy: cannot be opened ({error}); build the set again") from None
+        array = result[corruption]
+        shape, kind = array.shape, array.dtype
         expected = (len(result.severities), *meta["shape"])
         if shape != expected or kind != np.uint8:
             raise ValueError(f"{folder / corruption}.npy: {kind} {shape} found, uint8 {expected} expected")

@@ -116,8 +116,9 @@ def convergence(results, names: list[str]):
     right.set(xlabel=f"multiply-adds of training (10$^{{{power}}}$)")
     left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     right.set_xlim(left=0)
-    style.legend(right, len(curves))
-    if not right.has_data():
+    if right.has_data():
+        style.legend(right, len(curves))
+    else:
         right.set_axis_off()
         left.legend(fontsize=8)
     dotted = "; dotted: where the plain ViT ends" if "vit" in curves else ""
