@@ -327,7 +327,8 @@ def seeds(study: dict, name: str) -> list[int]:
 
 def data_key(data: dict) -> str:
     """Return the folder name of a prepared data set: its name and a digest of everything that changes its arrays."""
-    numeric = {k: v for k, v in data.items() if k not in ("workers", "lossy") and (k, v) != ("normalise", None)}
+    later = ("normalise", "canvas")  # keys that came later count where they say something
+    numeric = {k: v for k, v in data.items() if k not in ("workers", "lossy") and not (k in later and v is None)}
     return f"{data['name']}-{digest(numeric)[:8]}"
 
 

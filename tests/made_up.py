@@ -11,7 +11,7 @@ import numpy as np
 
 from convx import config
 from convx.evaluate.payload import encode
-from convx.manifest import Failure, MetricsFile, write_json
+from convx.manifest import METRICS_SCHEMA_VERSION, Failure, MetricsFile, write_json
 
 STUDY = {
     "study": "made_up",
@@ -66,6 +66,24 @@ def build(root: Path, images: int = 400, failed=(), missing=(), payloads: bool =
             if (name, seed) not in missing:
                 _run(folder, study, name, seed, place, images, (name, seed) in failed, payloads)
     return folder
+
+
+def head(study: dict, name: str, seed: int) -> dict:
+    """Return what every metrics record of a run begins with, for tests that write records of their own."""
+    return {
+        "schema_version": METRICS_SCHEMA_VERSION,
+        "run": {"study": study["study"], "variant": name, "seed": seed},
+        "status": "ok",
+        "reason": "",
+        "rows": [],
+        "per_image": {},
+        "arrays": {},
+        "recipe_digest": config.resolve(study, name, seed)["digest"],
+        "environment": {},
+        "command": "",
+        "started": "",
+        "wall_seconds": 1.0,
+    }
 
 
 def _run(folder: Path, study: dict, name: str, seed: int, place: int, images: int, fails: bool, payloads: bool) -> None:

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import head
 
 from convx import config
 from convx.evaluate import row
@@ -79,7 +80,6 @@ def made_up(tmp_path_factory):
     rng = np.random.default_rng(0)
     for place, name in enumerate(study["variants"]):
         for seed in study["seeds"]:
-            head = {"run": {"study": "made_up", "variant": name, "seed": seed}, "status": "ok", "reason": ""}
             correct = rng.random(2000) < 0.8 + 0.02 * place
             rows = [
                 row("top1", 100 * correct.mean(), "%", n=2000, split="test", method="made up"),
@@ -88,7 +88,11 @@ def made_up(tmp_path_factory):
             for layer in SETS if name in TAPS else ():
                 where = {"layer": layer, "dense_side": 7, "state": "end"}
                 rows.append(row("tap_share_outside", 20.0, "%", method="made up", **where))
-            record = head | {"what": "evaluation", "rows": rows, "per_image": {"correct": encode(correct)}}
+            record = head(study, name, seed) | {
+                "what": "evaluation",
+                "rows": rows,
+                "per_image": {"correct": encode(correct)},
+            }
             record["arrays"] = {"first_layer": pack(np.zeros((4, 2, 2)))} | (
                 arrays_of(name, rng) if name in TAPS else {}
             )
@@ -104,8 +108,7 @@ def made_up(tmp_path_factory):
             file = folder / "histories" / name / f"seed{seed}.csv"
             file.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(history).to_csv(file, index=False)
-        head["run"] = {"study": "made_up", "variant": name, "seed": 0}
-        cost = head | {"what": "cost", "rows": cost_rows(name), "per_image": {}, "arrays": {}}
+        cost = head(study, name, 0) | {"what": "cost", "rows": cost_rows(name)}
         write_json(folder / "metrics" / name / "seed0" / "cost.json", cost)
     return folder
 

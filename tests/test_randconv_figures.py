@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from made_up import head
 
 from convx import config
 from convx.evaluate import row
@@ -69,7 +70,7 @@ def write(folder: Path, study: dict, skip: str | None = None) -> Path:
     (folder / "study.json").write_text(json.dumps(study))
     for variant in study["variants"]:
         for seed in config.seeds(study, variant):
-            head = {"run": {"study": study["study"], "variant": variant, "seed": seed}, "status": "ok", "reason": ""}
+            begin = head(study, variant, seed)
             rows = [r for r in rows_of(variant, seed) if r["metric"] != skip]
             lr = config.training_settings(study, variant)["lr"]
             validation = 85 - 3 * abs(math.log10(lr / 0.03)) + seed / 10
@@ -81,7 +82,7 @@ def write(folder: Path, study: dict, skip: str | None = None) -> Path:
             for what, content in files.items():
                 file = folder / "metrics" / variant / f"seed{seed}" / f"{what}.json"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(head | {"what": what, "per_image": {}, "wall_seconds": 1.0} | content))
+                file.write_text(json.dumps(begin | {"what": what} | content))
     return folder
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import head
 
 from convx import config, steps
 from convx.evaluate import EvaluationData
@@ -181,7 +182,6 @@ def made_up(folder, variants: dict, drop: tuple = (), **study):
     for place, name in enumerate(found["variants"]):
         settings = config.variant_settings(found, name)
         for seed in (0, 1):
-            run = {"study": "made_up", "variant": name, "seed": seed}
             recast_here = any(step["verb"] == "recast_attention" for step in settings["surgery"])
             values = {"top1": 90 + place + seed, "mean_corruption_accuracy": 60 + 2 * place + seed}
             rows = [
@@ -205,15 +205,7 @@ def made_up(folder, variants: dict, drop: tuple = (), **study):
                 }
                 arrays["queries/layer3.0.conv2"] = np.array([[4.0, 4.0], [2.0, 2.0]])
             kept = {key: pack(array) for key, array in arrays.items() if key.split("/")[0] not in drop}
-            record = {
-                "run": run,
-                "what": "evaluation",
-                "status": "ok",
-                "reason": "",
-                "rows": rows,
-                "per_image": {},
-                "arrays": kept,
-            }
+            record = head(found, name, seed) | {"what": "evaluation", "rows": rows, "arrays": kept}
             write_json(folder / "metrics" / name / f"seed{seed}" / "evaluation.json", record)
             epochs = np.arange(config.training_settings(found, name)["epochs"] + 1)
             history = {"epoch": epochs, "validation_top1": 50 + 5 * epochs + place, "seconds": 2.0 * epochs}
