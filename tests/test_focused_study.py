@@ -231,7 +231,7 @@ def test_a_study_end_to_end(digits, tmp_path):
     changed, bound = (value("focused_bbox", "disagreement", statistic=s) for s in ("estimate", "upper95"))
     assert 0 <= changed < bound <= 100
     assert value("focused_bbox", "macs") <= value("cnn", "macs", folded="no") * 1.001
-    assert 0 <= value("focused_official", "fallback_rate", reason="shape") <= 100
+    assert 0 <= value("focused_official", "fallback_rate", cause="shape") <= 100
     assert value("focused_bbox", "latency_ratio", statistic="median", batch=1) > 0
     low, middle = (value("focused_bbox", "image_latency_ratio", statistic=s) for s in ("geometric_low", "geometric"))
     assert 0 < low <= middle
@@ -337,6 +337,7 @@ def test_calibrate_on_the_command_line(tmp_path, capsys):
     assert found["report"]["images"] == 20 and 0.4 < found["report"]["top1_dense"] / 100 < 1
     assert found["chosen"]["bound"] <= 0.4 and found["report"]["latency_ratio"] > 0
     assert main([*words, "--held-out", "2"]) == 2
+    assert "--held-out" in capsys.readouterr().err
     assert main(["calibrate", "--model", "tf_efficientnet_lite1x", "--data", ".", "--after", "x"]) == 2
     assert os.linesep not in capsys.readouterr().err.strip()
 

@@ -22,7 +22,7 @@ def run(model: nn.Module, recipe: dict, data: EvaluationData) -> Result:
     Rows: ``aoi`` (percent of the map at the insertion point that is kept, by ``statistic``: mean, median, p10, p90),
     ``irrelevant_pixels`` (100 - the mean), ``disagreement`` (percent of predictions that differ from those without focus,
     and the one-sided 95 % bound on it), ``fallback_rate`` (percent of images computed densely; of the official behaviour
-    percent of its convolutions, by ``reason``), ``threshold``, and, where objects have boxes, ``region_iou`` (mean overlap of
+    percent of its convolutions, by ``cause``), ``threshold``, and, where objects have boxes, ``region_iou`` (mean overlap of
     the region's box with the object's). Arrays: ``aoi`` [N] in percent, ``changed`` [N], ``right`` [N], ``pictures``
     [P, H, W, C] in 0..1 with ``regions`` [P, H, W], the kept share.
     """
@@ -83,10 +83,10 @@ def _fallbacks(aoi: list[float], report: list, official: bool, n: int) -> list[d
     if not official:
         dense = 100 * sum(share >= 100 for share in aoi) / n
         said = "images computed densely: no bright pixel, or a region that is too large to gain by"
-        return [row("fallback_rate", dense, "%", n=n, split="test", method=said, reason="image")]
+        return [row("fallback_rate", dense, "%", n=n, split="test", method=said, cause="image")]
     total, said = max(1, len(report)), "convolutions of single images that the public code would compute densely"
-    shares = {reason: 100 * sum(what == reason for _, what in report) / total for reason in ("shape", "empty")}
-    return [row("fallback_rate", v, "%", n=n, split="test", method=said, reason=k) for k, v in shares.items()]
+    shares = {cause: 100 * sum(what == cause for _, what in report) / total for cause in ("shape", "empty")}
+    return [row("fallback_rate", v, "%", n=n, split="test", method=said, cause=k) for k, v in shares.items()]
 
 
 def _iou(box, known, grid, size) -> float:
