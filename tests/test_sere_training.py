@@ -418,9 +418,10 @@ def test_the_watch_waits_for_its_share_of_training_and_then_stops_a_collapsed_ru
 
 def test_a_small_run_without_batch_norm_in_its_head_collapses_and_is_seen(digits, tmp_path):
     """DINO's head as published gives few images all the same output; with batch normalisation the same run goes on."""
+    bound = {"collapse_information": 0.1}  # seeds 0 to 3 end between 0.02 and 0.05 without it, at 1.7 nats with it
     with pytest.raises(Failure, match=r"collapsed by epoch [3-6]: the teacher's output says 0\.0"):
-        fit(recipe(SMALL, epochs=6), digits, tmp_path)
-    history = fit(recipe(SMALL | {"head_batch_norm": True}, epochs=6), digits, tmp_path).history
+        fit(recipe(SMALL | bound, epochs=6), digits, tmp_path)
+    history = fit(recipe(SMALL | bound | {"head_batch_norm": True}, epochs=6), digits, tmp_path).history
     assert history[-1]["train_teacher_information"] > 0.2
 
 

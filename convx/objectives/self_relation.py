@@ -68,7 +68,7 @@ SETTINGS = {
     "teacher_momentum": ([0.996, 1.0], (0.0, 1.0)),
     "weight_decay_end": (None, (0.0, None)),
     "collapse_from": (0.5, (0.0, 1.0)),
-    "collapse_information": (0.1, (0.0, 1.0)),
+    "collapse_information": (0.05, (0.0, 1.0)),
     "neighbours": (20, (1, None)),
     "neighbour_temperature": (0.07, (0.001, None)),
 }
