@@ -61,6 +61,8 @@ def fold_batchnorm(model: nn.Module, x_BCHW: torch.Tensor) -> nn.Module:
     stay. ``x_BCHW`` is any input that the network takes. Raises ``ValueError`` where the copy does not agree with the model.
     """
     new = copy.deepcopy(model).eval()
+    if not any(_is_norm(module) for module in new.modules()):
+        return new
     wanted = new(x_BCHW)
     for norm_name, conv_name in follows(new, x_BCHW).items():
         norm, conv = new.get_submodule(norm_name), new.get_submodule(conv_name)
