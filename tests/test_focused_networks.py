@@ -129,6 +129,56 @@ def test_the_whole_image_is_the_network_itself():
         assert close(focused(x), everything(x), 1e-6)
 
 
+class Branches(nn.Module):
+    """Two layers of unlike reach, and the pooled map itself, see what is pooled behind the insertion point."""
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 6, 3, padding=1), pool
+        self.near, self.far = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 7, padding=3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.pool(self.stem(x).relu())
+        return self.head((self.near(x) + self.far(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(2, 3), nn.AvgPool2d(3, 2, ceil_mode=True)], ids=str)
+def test_windows_of_a_pooled_map_are_those_of_the_whole(pool, channels_last, monkeypatch):
+    from convx.layers import focused_windows
+    from convx.layers.focused_carrier import Pooled
+
+    torch.manual_seed(0)
+    net, x = Branches(pool).eval().requires_grad_(False), pictures(5, 45)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    focused = convx.focus(net, "stem", keep=0.2, coverage=0.8, backend="crop")
+    for batch in (x, x[:1], x[[1, 3]]):
+        found = focused(batch)
+        with monkeypatch.context() as m:
+            m.setattr(focused_windows, "Pooled", lambda source, size, kernel, stride, pool: pool(source))
+            assert found.equal(focused(batch))
+    z = torch.randn(3, 6, 45, 45)
+    z = z.contiguous(memory_format=torch.channels_last) if channels_last else z
+    whole, calls = pool(z), []
+
+    def counted(part):
+        calls.append(part.shape)
+        return pool(part)
+
+    later = Pooled(
+        z, tuple(whole.shape[2:]), *(focused_windows.pair(v) for v in (pool.kernel_size, pool.stride)), counted
+    )
+    assert later.shape == whole.shape and later.dim() == 4 and (later.stride(1) == 1) == (whole.stride(1) == 1)
+    for window in (slice(3, 9), slice(4, 8)):  # the second lies in the first
+        assert later[1, :, window, window].equal(whole[1, :, window, window])
+        assert later[:, :, window, 2:9].equal(whole[:, :, window, 2:9])
+    assert len(calls) == 2 and max(shape[-1] for shape in calls) < 45
+    assert later[1, :, 0:5, 3:9].equal(whole[1, :, 0:5, 3:9]) and (later * 2).equal(whole * 2)
+    assert later[1, :, 0:3, 0:3].equal(whole[1, :, 0:3, 0:3]) and later[0, 0].equal(whole[0, 0])
+    assert len(calls) == 3 and calls[-1] == z.shape
+
+
 def test_values_stay_cropped_until_the_end():
     """No map of the whole grid is made after the insertion point: only crops are convolved."""
     net, x = network("vgg11"), pictures(1)

@@ -90,3 +90,51 @@ class Passing(Carrier):
 
 def _flat(values) -> list:
     return [p for v in values for p in (_flat(v) if isinstance(v, list | tuple) else [v])]
+
+
+class Pooled(Carrier):
+    """A map pooled in cells without padding, of which only the windows that are asked for are computed.
+
+    After the insertion point the whole map is true, but of its pooled form the first convolution sees the region and a halo.
+    A window inside the last one of the same images comes from it; a second one elsewhere makes the whole map, once.
+    """
+
+    def __init__(self, source: torch.Tensor, size: tuple[int, int], kernel, stride, pool):
+        self.source, self.kernel, self.step, self.pool = source, kernel, stride, pool
+        self._shape = torch.Size((*source.shape[:2], *size))
+        self._whole: torch.Tensor | None = None
+        self._windows: dict = {}
+
+    shape = property(lambda self: self._shape)
+    dtype = property(lambda self: self.source.dtype)
+    device = property(lambda self: self.source.device)
+    requires_grad = property(lambda self: self.source.requires_grad)
+
+    def stride(self, dim: int) -> int:
+        """Return the stride over channels (dim 1), which tells the memory format; pooling keeps it."""
+        return self.source.stride(dim)
+
+    @classmethod
+    def handle(cls, function, args, kwargs):
+        return function(*plain(args), **{key: plain(value) for key, value in kwargs.items()})
+
+    def tensor(self) -> torch.Tensor:
+        if self._whole is None:
+            self._whole = self.pool(self.source)
+        return self._whole
+
+    def __getitem__(self, key):
+        if self._whole is not None or not isinstance(key, tuple) or len(key) != 4 or key[1] != slice(None):
+            return self.tensor()[key]
+        images, _, *sides = key
+        (y1, y2, _), (x1, x2, _) = (side.indices(n) for side, n in zip(sides, self._shape[2:]))
+        of = images if isinstance(images, int) else images.indices(len(self.source))
+        if of in self._windows:
+            (v1, v2, u1, u2), window = self._windows[of]
+            if v1 <= y1 and y2 <= v2 and u1 <= x1 and x2 <= u2:
+                return window[..., y1 - v1 : y2 - v1, x1 - u1 : x2 - u1]
+            return self.tensor()[key]
+        (ky, kx), (sy, sx) = self.kernel, self.step
+        part = self.source[images, :, y1 * sy : (y2 - 1) * sy + ky, x1 * sx : (x2 - 1) * sx + kx]
+        self._windows[of] = (y1, y2, x1, x2), self.pool(part)
+        return self._windows[of][1]

@@ -80,7 +80,7 @@ class FocusedMap(Windows, Carrier):
         """Return the whole map; of the map that the region was made from, the network's own values."""
         if self.last:
             return self._turned().tensor().permute(0, 2, 3, 1)
-        full = self.layout.paste(self.values, self.background)
+        full = plain(self.layout.paste(self.values, self.background))
         return F.pad(full, self.pads[0], value=self.pads[1]) if self.pads else full
 
     def around(self) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .focused_carrier import Pooled, plain
 from .focused_layouts import Crops, layout_of, of_images
 
 
@@ -54,9 +55,13 @@ class Windows:
         values = masked(target, [operate(x, pad) for x, pad in windows], background, finite=outside == 0)
         return self._but(region=region, layout=target, values=values, background=background, true=False, pads=None)
 
-    def _whole(self, geometry, size, values):
+    def _whole(self, geometry, size, kernel, pool):
         """Return a pooled map as one that is still true everywhere, so that the first convolution has its halo."""
-        region = self.region.down(geometry[0], size)
+        (stride, before, extent), source = geometry, plain(self.values[0])
+        region = self.region.down(stride, size)
+        whole = all((n - 1) * s + e <= m for n, s, e, m in zip(size, stride, extent, self.region.size))
+        cells = whole and before == (0, 0) and extent == kernel
+        values = Pooled(source, size, kernel, stride, pool) if cells else pool(source)
         return self._but(region=region, layout=Crops.whole(region), values=[values])
 
     def on_conv2d(self, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -78,7 +83,7 @@ class Windows:
             return NotImplemented
         geometry, size = self._reach(kernel, stride, padding, dilation)
         if self.true and not self.pads:
-            return self._whole(geometry, size, F.max_pool2d(self.values[0], kernel, stride, padding, dilation))
+            return self._whole(geometry, size, kernel, lambda x: F.max_pool2d(x, kernel, stride, padding, dilation))
         (_, before, extent), sides = geometry, self.region.size
         inner = all(p == 0 and (m - 1) * s + e <= n for p, m, s, e, n in zip(before, size, stride, extent, sides))
 
@@ -102,7 +107,7 @@ class Windows:
         geometry, size = self._reach(kernel, stride, padding, (1, 1))
         if self.true and not self.pads:
             settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-            return self._whole(geometry, size, F.avg_pool2d(self.values[0], *settings))
+            return self._whole(geometry, size, kernel, lambda x: F.avg_pool2d(x, *settings))
 
         def pool(x, pad):
             x = F.pad(x, (pad[1], pad[1], pad[0], pad[0])) if any(pad) else x
