@@ -32,6 +32,7 @@ PURPOSE = {
     ],
     "cifar10_dcls": ["dcls.top1_gain", "dcls.gauss_over_dense"],
     "cifar10_dcls_small": ["dcls.top1_gain"],
+    "cifar10_random_small": ["randconv.frozen_lc_matches_baseline", "randconv.frozen_costs_basic_block"],
 }
 
 
