@@ -33,6 +33,7 @@ PURPOSE = {
     "cifar10_dcls": ["dcls.top1_gain", "dcls.gauss_over_dense"],
     "cifar10_dcls_small": ["dcls.top1_gain"],
     "cifar10_random_small": ["randconv.frozen_lc_matches_baseline", "randconv.frozen_costs_basic_block"],
+    "cifar10_sere_small": ["sere.improves_knn", "sere.improves_linear"],
 }
 
 
@@ -86,6 +87,26 @@ def test_the_small_study_of_dcls_has_its_controls_and_states_its_power():
     for sd in (0.3, 0.5, 0.7):
         effect = minimum_detectable_effect(sd, len(study["seeds"]), margin=CLAIMS["dcls.top1_gain"]["margin"])
         assert re.search(rf"{effect:.2f}( pp)? at (a seed deviation of )?{sd}\b", text), (sd, effect)
+
+
+def test_the_small_study_of_sere_has_equal_arms_and_states_its_power():
+    study = config.load_study(CONFIG / "cifar10_sere_small.yaml")
+    assert list(study["variants"]) == ["dino", "sere", "dino_spatial", "dino_channel"]
+    recipes = [config.resolve(study, name, 0) for name in study["variants"]]
+    weights = [tuple(made["objective"].pop(f"{kind}_weight") for kind in ("spatial", "channel")) for made in recipes]
+    assert weights == [(0.0, 0.0), (0.2, 0.5), (0.2, 0.0), (0.0, 0.5)]
+    for key in ("model", "training", "objective", "data", "start"):
+        assert all(made[key] == recipes[0][key] for made in recipes), key
+    n, text = len(study["seeds"]), header("cifar10_sere_small")
+    for metric in ("knn", "linear"):
+        claim = CLAIMS[f"sere.improves_{metric}"]
+        assert claim["pairing"] == "by_design" and claim["role"] == "primary"
+        effects = [
+            f"{minimum_detectable_effect(sd, n, margin=claim['margin'], design='paired'):.2f}" for sd in (0.5, 0.7, 1.0)
+        ]
+        assert f"{effects[0]}, {effects[1]} and {effects[2]} pp at a deviation of 0.5, 0.7 and 1.0" in text
+        power = [f"{100 * tost_power(sd, n, claim['margin']):.0f}" for sd in (0.3, 0.5)]
+        assert f"a power of {power[0]} % at a deviation of 0.3 pp and {power[1]} % at 0.5" in text
 
 
 def test_the_ground_is_checked_with_three_seeds():
