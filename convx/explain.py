@@ -143,11 +143,11 @@ def explain(study_file: str | Path, name: str) -> str:
             )
             row(f"surgery.{place}.{key}", value, origin)
     for key, value in settings["objective"].items():
-        row(
-            f"objective.{key}",
-            value,
-            declared_origin(f"objective.{key}") if "objective" in own else "own choice: convx's default",
-        )
+        path = f"objective.{key}"
+        if "objective" in override and (key not in own.get("objective", {}) or own["objective"][key] != value):
+            row(path, value, chosen(f"variants.{name}.{path}"))
+        else:
+            row(path, value, declared_origin(path) if "objective" in own else "own choice: convx's default")
     for key in ("start_from", "teacher", "at_epoch", "budget", "epoch_cost"):
         if settings[key] not in (None, "recipe"):
             row(

@@ -250,6 +250,10 @@ def test_explain_names_an_origin_for_every_number():
     assert "own choice" in lines["surgery.0.locality"]
     assert "recipes.finetune" in lines["training.lr"]
     assert "own choice: convx's default" in lines["training.momentum"]
+    joint = explain(REPOSITORY / "config" / "config.yaml", "vit_joint").splitlines()
+    lines = {line.split()[0]: line for line in joint[4:]}
+    assert "paper: section 3.3" in lines["objective.mode"]  # as declared
+    assert "variants.vit_joint" in lines["objective.agent_stem_width"]  # the study's
     with pytest.raises(ConfigError, match="did you mean 'tcnn'"):
         explain(REPOSITORY / "config" / "config.yaml", "tcn")
 

@@ -3,12 +3,16 @@
 import re
 
 import pytest
+import torch
 from house import REPOSITORY
 
 from convx import config, queue
+from convx.evaluate.cost import macs
 from convx.ledger import load_ledgers
+from convx.models import create_model
 from convx.slots import Slots
 from convx.statistics import minimum_detectable_effect, tost_power
+from convx.surgery import apply
 
 CONFIG = REPOSITORY / "config"
 CLAIMS = {claim["id"]: claim for claim in load_ledgers()}
@@ -34,6 +38,10 @@ PURPOSE = {
     "cifar10_dcls_small": ["dcls.top1_gain"],
     "cifar10_random_small": ["randconv.frozen_lc_matches_baseline", "randconv.frozen_costs_basic_block"],
     "cifar10_sere_small": ["sere.improves_knn", "sere.improves_linear"],
+    "cifar100_vit_small": [
+        *("bootstrap_vit.joint_gain", "bootstrap_vit.shared_gain", "bootstrap_vit.joint_over_shared"),
+        *("bootstrap_vit.joint_over_its_agent", "bootstrap_vit.joint_converges_sooner"),
+    ],
 }
 
 
@@ -107,6 +115,29 @@ def test_the_small_study_of_sere_has_equal_arms_and_states_its_power():
         assert f"{effects[0]}, {effects[1]} and {effects[2]} pp at a deviation of 0.5, 0.7 and 1.0" in text
         power = [f"{100 * tost_power(sd, n, claim['margin']):.0f}" for sd in (0.3, 0.5)]
         assert f"a power of {power[0]} % at a deviation of 0.3 pp and {power[1]} % at 0.5" in text
+
+
+def test_the_small_study_of_the_bootstrapped_vit_has_its_arms_and_states_its_power():
+    study = config.load_study(CONFIG / "cifar100_vit_small.yaml")
+    assert list(study["variants"]) == ["vit", "vit_joint", "vit_shared", "vit_equal_compute", "agent"]
+    settings = {name: config.variant_settings(study, name) for name in study["variants"]}
+    declared, narrow = config.declared_variants(), {"agent_stem_width": 16}
+    for name in ("vit", "vit_joint", "vit_shared", "vit_equal_compute"):  # the declared losses, one start for all
+        differs = dict(settings[name]["objective"].items() - declared[name]["objective"].items())
+        assert differs == {"init": "trunc02"} | (narrow if name in ("vit_joint", "vit_shared") else {})
+    assert settings["agent"]["objective"]["init"] == "trunc02"
+    host = create_model(study["host"]["name"], 100, 3, 32)
+    pair = (host.eval(), apply(host, settings["agent"]["surgery"], 0).eval())
+    alone, agent = (macs(model, torch.zeros(1, 3, 32, 32))[0] for model in pair)
+    both = alone + agent
+    epochs = {name: config.training_settings(study, name)["epochs"] for name in study["variants"]}
+    assert epochs["vit_equal_compute"] == round(epochs["vit"] * both / alone)
+    assert {epochs[name] for name in epochs if name != "vit_equal_compute"} == {epochs["vit"]}
+    margin, n, text = CLAIMS["bootstrap_vit.joint_gain"]["margin"], len(study["seeds"]), header("cifar100_vit_small")
+    effects = [f"{minimum_detectable_effect(sd, n, margin=margin, design='paired'):.2f}" for sd in (0.3, 0.5, 0.7)]
+    assert f"{effects[0]}, {effects[1]} and {effects[2]} pp" in text
+    power = [f"{100 * tost_power(sd, n, margin):.0f}" for sd in (0.3, 0.5, 0.7)]
+    assert f"{power[0]}, {power[1]} and {power[2]} %" in text
 
 
 def test_the_ground_is_checked_with_three_seeds():
