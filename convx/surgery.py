@@ -380,7 +380,7 @@ def focus(
     model: nn.Module,
     after: str | list[str] | None = None,
     threshold: float | None = None,
-    region: Literal["bbox", "tiles", "mask", "input"] = "bbox",
+    region: Literal["bbox", "tiles", "mask", "input", "whole"] = "bbox",
     fill: Literal["zero", "bias"] = "zero",
     halo: Literal["exact", "zero", "official"] = "exact",
     pooling: Literal["masked", "plain"] = "masked",

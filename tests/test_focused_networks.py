@@ -179,6 +179,17 @@ def test_windows_of_a_pooled_map_are_those_of_the_whole(pool, channels_last, mon
     assert len(calls) == 3 and calls[-1] == z.shape
 
 
+def test_nothing_skipped_is_the_folded_network_itself():
+    net, x = network("resnet18"), pictures()
+    focused = convx.focus(net, ["maxpool", "layer1"], keep=0.2)
+    whole = convx.focus(focused, region="whole")
+    assert whole.whole and not focused.whole and not close(focused(x), whole(x), 1e-2)
+    assert whole(x).equal(fold_batchnorm(net, x[:1])(x)) and whole(x).equal(focused.dense(x))
+    assert whole.region(x).kept == [16 * 16] * 4
+    report = []
+    assert whole(x, report=report).equal(whole(x)) and report[0].kept == [16 * 16] * 4
+
+
 def test_values_stay_cropped_until_the_end():
     """No map of the whole grid is made after the insertion point: only crops are convolved."""
     net, x = network("vgg11"), pictures(1)

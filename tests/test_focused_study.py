@@ -20,6 +20,7 @@ from convx.data.readers import READERS
 from convx.data.sets import SETS
 from convx.data.sources import Finder
 from convx.evaluate import EvaluationData, accuracy, cost, latency
+from convx.ledger import load_ledgers
 from convx.manifest import Failure, write_json
 from convx.objectives.calibrated import NEVER, calibrate, candidates, flip_bound
 
@@ -150,8 +151,13 @@ def test_the_studies_are_sound(name):
     for variant in study["variants"]:
         recipe = config.resolve(study, variant, study["seeds"][0])
         assert recipe["training"]["epochs"] == 0 or not recipe["surgery"], variant
+    # Folding alone makes a network faster: what is skipped is measured by the folded network that skips nothing.
+    assert study["baseline"] == "focused_dense"
+    ratios = [c for c in load_ledgers() if c["paper"] == "focused" and c["metric"] == "latency_ratio"]
+    assert len(ratios) == 4 and {c["reference"] for c in ratios} == {study["baseline"]}
     wanted = {
         "focused_bbox",
+        "focused_dense",
         "focused_tiles",
         "focused_official",
         "focused_random",
@@ -184,6 +190,7 @@ STUDY = {
             "surgery": [{"verb": "focus", "after": "layer1", "halo": "official"}],
         },
         "focused_random": None,
+        "focused_dense": None,
     },
     "evaluate": {
         "batch_size": 50,
@@ -233,6 +240,11 @@ def test_a_study_end_to_end(digits, tmp_path):
     assert value("focused_bbox", "macs") <= value("cnn", "macs", folded="no") * 1.001
     assert 0 <= value("focused_official", "fallback_rate", cause="shape") <= 100
     assert value("focused_bbox", "latency_ratio", statistic="median", batch=1) > 0
+    assert value("focused_dense", "latency_ratio", statistic="median", batch=1) > 0
+    assert not len(found.values("focused_dense", "aoi")) and not len(
+        found.values("focused_dense", "image_latency_ratio")
+    )
+    assert value("focused_dense", "top1") == value("cnn", "top1")
     low, middle = (value("focused_bbox", "image_latency_ratio", statistic=s) for s in ("geometric_low", "geometric"))
     assert 0 < low <= middle
     names = figures.draw(found, tmp_path)

@@ -18,7 +18,7 @@ from .focused_official import OfficialMap
 from .focused_regions import Region, bounding_boxes, brightness, moved, scaled, tile_mask
 
 CHOICES = {
-    "region": ("bbox", "tiles", "mask", "input"),
+    "region": ("bbox", "tiles", "mask", "input", "whole"),
     "fill": ("zero", "bias"),
     "halo": ("exact", "zero", "official"),
     "pooling": ("masked", "plain"),
@@ -52,9 +52,9 @@ class Focus(nn.Module):
     """The threshold layer: activations [B, C, H, W] in, a map of the region of each image out.
 
     ``region``: "bbox", the bounding box of M; "tiles", the tiles of ``tile`` pixels that hold a pixel of M; "mask", M itself;
-    "input" crops the image instead, at the box. ``place``: the box as found ("bright"), moved ("random", "centre") or
-    "given" with the images, or given and moved ("given_random",
-    "given_centre"). ``keep`` replaces the threshold by the share of brightest pixels of each image. ``coverage``:
+    "input" crops the image instead, at the box; "whole" skips nothing: the dense network that the others are measured by.
+    ``place``: the box as found ("bright"), moved ("random", "centre") or "given" with the images, or given and moved
+    ("given_random", "given_centre"). ``keep`` replaces the threshold by the share of brightest pixels of each image. ``coverage``:
     see ``bounding_boxes``. An image whose region covers more than ``dense_above`` of the grid is computed densely, as is one
     without a bright pixel. ``backend`` "crop", "tiles" or "dense" forces how a region is computed; "auto" takes what
     ``costs`` says is fastest. None of them changes the result. ``halo``: "exact", true neighbours around the region at the
@@ -104,6 +104,8 @@ class Focus(nn.Module):
     def region(self, z_BCHW: torch.Tensor, given=None, source=None) -> Region:
         """Return the region of each image on the grid of z; of an image that is computed densely it is the whole grid."""
         size, kind = tuple(z_BCHW.shape[2:]), self.settings["region"]
+        if kind == "whole":
+            return Region(((0, size[0], 0, size[1]),) * len(z_BCHW), size, device=z_BCHW.device)
         found, mask = self.boxes(z_BCHW, given, source)
         everything = (0, size[0], 0, size[1])
         most = self.settings["dense_above"] * size[0] * size[1]
@@ -147,6 +149,8 @@ class Focus(nn.Module):
             )
         if stop in ("brightness", "activations"):
             raise Found(self.brightness(z) if stop == "brightness" else z)
+        if self.settings["region"] == "whole" and not stop and report is None:
+            return z
         if self.settings["halo"] == "official" and not stop:
             boxes, _ = self.boxes(z, given, source)
             return OfficialMap(z, boxes, tuple(z.shape[2:]), report)

@@ -39,6 +39,11 @@ class Focused(nn.Module):
     def takes_boxes(self) -> bool:
         return self.focus[0].settings["place"].startswith("given")
 
+    @property
+    def whole(self) -> bool:
+        """Tell whether nothing is skipped."""
+        return self.focus[0].settings["region"] == "whole"
+
     def forward(self, x, boxes=None, report: list | None = None):
         if boxes is None and report is None and self.focus[0].settings["region"] != "input":
             return plain(self.model(x))

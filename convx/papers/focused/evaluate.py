@@ -26,7 +26,7 @@ def run(model: nn.Module, recipe: dict, data: EvaluationData) -> Result:
     the region's box with the object's). Arrays: ``aoi`` [N] in percent, ``changed`` [N], ``right`` [N], ``pictures``
     [P, H, W, C] in 0..1 with ``regions`` [P, H, W], the kept share.
     """
-    if not isinstance(model, Focused):
+    if not isinstance(model, Focused) or model.whole:  # the network without focus
         return Result([])
     aoi, changed, right, overlap, report = [], [], [], [], []
     official = model.focus[0].settings["halo"] == "official"

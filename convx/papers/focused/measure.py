@@ -30,7 +30,7 @@ def run(networks: dict[str, nn.Module], recipe: dict, data: EvaluationData, sett
     the map. The measured costs are given to the network.
     """
     model = next(iter(networks.values()))
-    if not isinstance(model, Focused) or not settings.get("latency"):
+    if not isinstance(model, Focused) or model.whole or not settings.get("latency"):
         return Result([])
     threads = settings["latency"]["threads"][0]
     before = torch.get_num_threads()
@@ -84,10 +84,10 @@ def _image(model: Focused, x_NCHW, boxes, place: int) -> tuple[float, float, flo
         "dense": lambda: model.dense(x),
         "focused": lambda: output_of(model, x, mine),
     }
-    times = paired(calls, rounds=ROUNDS + 1, seconds=1.0, seed=place)
+    times = paired(calls, rounds=ROUNDS + 1, seconds=0.2, seed=place)  # warm already
     z = model.activations(x)
     focus = model.focus[int(model.depth)]
-    of_mask = paired({"mask": lambda: focus.region(z, mine, tuple(x.shape[2:]))}, rounds=ROUNDS + 1, seconds=0.5)
+    of_mask = paired({"mask": lambda: focus.region(z, mine, tuple(x.shape[2:]))}, rounds=ROUNDS + 1, seconds=0.1)
     area = region.size[0] * region.size[1]
     medians = [float(np.median(ms)) for ms in (times["dense"], times["focused"], of_mask["mask"])]
     return (100 * region.kept[0] / area, *medians)
