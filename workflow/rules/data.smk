@@ -31,6 +31,8 @@ rule corrupt:
     retries: 2
     conda:
         "../../envs/environment.yaml"
+    # First, while all cores are free: later a job of many threads would wait until no training runs beside it.
+    priority: 10
     threads: 24
     resources:
         mem_mb=3000,
