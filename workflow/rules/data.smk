@@ -28,11 +28,11 @@ rule corrupt:
         f"logs/{plan.name}/corrupt.log",
     benchmark:
         f"logs/{plan.name}/corrupt.benchmark.tsv"
+    # First, while all cores are free: later a job of many threads would wait until no training runs beside it.
+    priority: 10
     retries: 2
     conda:
         "../../envs/environment.yaml"
-    # First, while all cores are free: later a job of many threads would wait until no training runs beside it.
-    priority: 10
     threads: 24
     resources:
         mem_mb=3000,
