@@ -377,6 +377,20 @@ def test_a_loader_process_that_dies_is_told(tmp_path):
     assert done.stdout == words, done.stderr[-2000:]
 
 
+def test_without_loader_processes_none_of_them_is_blamed():
+    from convx.data.loader import _watched
+
+    class Cut:
+        num_workers = 0
+
+        def __iter__(self):
+            yield "batch"
+            raise EOFError("a file that ends too early")
+
+    with pytest.raises(EOFError, match="ends too early"):
+        list(_watched(Cut()))
+
+
 # ------------------------------------------------------------------------------------------- files and their notes
 
 

@@ -110,6 +110,8 @@ def _watched(loader: DataLoader):
     try:
         yield from batches
     except (ConnectionError, EOFError) as error:
+        if not loader.num_workers:
+            raise
         # torch tells of a dead process by a signal of its own, which may come now or at any later line, the reporting of this
         # very error included: so let it come here, or be without a subject once the process has been waited for.
         with contextlib.suppress(RuntimeError):
