@@ -101,10 +101,10 @@ def _latency(focused, x_NCHW) -> dict:
     import numpy as np
     import torch
 
-    from convx.evaluate.latency import paired
+    from convx.evaluate.latency import paired, uncollected
 
     times = {"dense": [], "focused": []}
-    with torch.inference_mode():
+    with torch.inference_mode(), uncollected():
         for place, x in enumerate(x_NCHW.split(1)):
             calls = {"dense": lambda x=x: focused.dense(x), "focused": lambda x=x: focused(x)}
             for name, ms in paired(calls, rounds=6, seconds=1.0, seed=place).items():

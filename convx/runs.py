@@ -32,7 +32,10 @@ def set_numerics(training: dict) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if training["compile"] == "none":
+        torch.set_deterministic_debug_mode("warn")  # the same switch, without a second of importing the compiler
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
 
 

@@ -5,13 +5,14 @@ steadier than any absolute time. Medians with a distribution-free interval; the 
 rounds.
 """
 
+import contextlib
 import copy
 import gc
 import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch import nn
 from convx.evaluate import Result, evaluation_mode, folded_form, output_of, row
 from convx.manifest import failure_reason
 from convx.seeds import derive, generator
-from convx.statistics import latency_median_interval, ratio_of_medians_interval
 
 MIN_ROUNDS = 6  # the fewest for a 95 % interval of a median
 WARM_UP = 5
@@ -76,15 +76,12 @@ def paired(
 
     Warm-up: at least five rounds, then until the sum of three rounds is within 5 % of that of the three
     before, for a quarter of ``seconds`` at most. Then ``rounds`` rounds, fewer (but six) when ``seconds`` are
-    over. ``clock(call) -> ms`` times one call (default: wall clock). Garbage collection is off meanwhile.
+    over. ``clock(call) -> ms`` times one call (default: wall clock). Garbage collection is off meanwhile (:func:`uncollected`).
     """
     clock, order = clock or _wall, list(calls)
     shuffle = random.Random(derive(seed, "latency order"))
-    started, totals = time.perf_counter(), []
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
+        started, totals = time.perf_counter(), []
         while time.perf_counter() - started < seconds / 4 or len(totals) < WARM_UP:
             totals.append(sum(clock(call) for call in calls.values()))
             if len(totals) > WARM_UP and abs(sum(totals[-3:]) / sum(totals[-6:-3]) - 1) < 0.05:
@@ -96,10 +93,21 @@ def paired(
             shuffle.shuffle(order)
             for name in order:
                 samples[name].append(clock(calls[name]))
-    finally:
-        if collecting:
-            gc.enable()
     return {name: np.array(ms) for name, ms in samples.items()}
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect garbage once, and no more inside; where that is done already, do nothing (a collection takes 0.2 s)."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _wall(call: Callable[[], object]) -> float:
@@ -177,6 +185,8 @@ def _turns(model: nn.Module, inputs: list[tuple]) -> Callable[[], object]:
 
 def _rows(samples: dict, form: str, reference: str | None, where: dict, method: str) -> list[dict]:
     """Return the rows of one form of the model under one condition, with value None without samples."""
+    from convx.statistics import latency_median_interval, ratio_of_medians_interval  # SciPy: other evaluators need none
+
     measured = bool(samples)
     ms = samples[form] if measured else np.array([])
     n = len(ms) if measured else None

@@ -152,6 +152,8 @@ class Focus(nn.Module):
         if self.settings["region"] == "whole" and not stop and report is None:
             return z
         if self.settings["halo"] == "official" and not stop:
+            if report is not None:
+                report.append(self.region(z, given, source))
             boxes, _ = self.boxes(z, given, source)
             return OfficialMap(z, boxes, tuple(z.shape[2:]), report)
         region = self.region(z, given, source)

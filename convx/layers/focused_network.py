@@ -21,8 +21,8 @@ class Focused(nn.Module):
 
     ``after`` may name several layers, of which ``depth`` (a buffer, set by calibration) is the one in use.
     ``forward(x, boxes=None, report=None)``: ``boxes`` [B, 4] (left, top, right, bottom in pixels of x, the last two
-    exclusive) for ``place="given"``; ``report`` is a list that gets the :class:`Region` at the insertion point, or the notes of
-    ``OfficialMap``. ``dense(x)`` is the network without focus.
+    exclusive) for ``place="given"``; ``report`` is a list that gets the :class:`Region` at the insertion point and, after it,
+    the notes of ``OfficialMap``. ``dense(x)`` is the network without focus.
     """
 
     input_dependent = True  # cost and latency depend on the pixels: measure them on images
@@ -92,6 +92,12 @@ class Focused(nn.Module):
     def region(self, x, boxes=None) -> Region:
         """Return the regions of a batch at the insertion point; what follows it is not computed."""
         return self._early(x, boxes, "region")
+
+    def with_region(self, x, boxes=None):
+        """Return (outputs, :class:`Region` at the insertion point, notes of ``OfficialMap``) of a batch, in one pass."""
+        report: list = []
+        out = self(x, boxes, report)
+        return out, report[0], report[1:]
 
     def brightness(self, x) -> torch.Tensor:
         """Return the brightness [B, H, W] that the threshold is compared with."""

@@ -71,11 +71,11 @@ def calibrate(model: nn.Module, batches: list[torch.Tensor], max_flips=0.05, con
 def _tested(model, batches, expected, level: float, max_flips: float) -> dict:
     kept, dense, found = [], [], []
     for x in batches:
-        region = model.region(x)
+        out, region, _ = model.with_region(x)
         area = region.size[0] * region.size[1]
         kept += [pixels / area for pixels in region.kept]
         dense += [pixels == area for pixels in region.kept]
-        found.append(model(x).argmax(1))
+        found.append(out.argmax(1))
     flips = int((torch.cat(found) != expected).sum())
     bound = flip_bound(flips, len(expected), level)
     shares = {"kept": sum(kept) / len(kept), "dense": sum(dense) / len(dense)}

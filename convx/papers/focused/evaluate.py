@@ -34,11 +34,11 @@ def run(model: nn.Module, recipe: dict, data: EvaluationData) -> Result:
         done = 0
         for x, labels in data.batches():
             boxes = None if data.boxes is None else data.boxes[done : done + len(x)]
-            mine = {"boxes": boxes} if model.takes_boxes else {}
-            region = model.region(x, **mine)
+            out, region, notes = model.with_region(x, boxes if model.takes_boxes else None)
+            report += notes
             area = region.size[0] * region.size[1]
             aoi += [100 * kept / area for kept in region.kept]
-            found = model(x, report=report, **mine).argmax(1) if official else model(x, **mine).argmax(1)
+            found = out.argmax(1)
             changed += (found != model.dense(x).argmax(1)).tolist()
             right += (found == labels).tolist()
             if boxes is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from convx.evaluate import EvaluationData, Result, evaluation_mode, output_of, row
-from convx.evaluate.latency import paired
+from convx.evaluate.latency import paired, uncollected
 from convx.layers.focused_costs import cost_table, layer_costs
 from convx.layers.focused_network import Focused
 from convx.statistics import t_interval
@@ -41,7 +41,7 @@ def run(networks: dict[str, nn.Module], recipe: dict, data: EvaluationData, sett
     sample = data.spread(IMAGES)
     x_NCHW = torch.cat([x for x, _ in sample.batches()])
     try:
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode(), uncollected():
             layers = layer_costs(model, x_NCHW[:1])
             for focus in model.focus:
                 focus.costs = cost_table(layers)
