@@ -410,6 +410,17 @@ def test_defect_2_a_stride_keeps_its_grid():
     assert shifted and dense  # what the package does: shifts some without a word and computes others densely
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"region": "tiles"}, {"region": "input"}, {"halo": "official", "pooling": "plain"}]
+)
+def test_outputs_and_regions_come_from_one_pass(settings):
+    focused, x = convx.focus(network("resnet18"), "layer1", keep=0.2, dense_above=1.0, **settings), pictures()
+    out, region, notes = focused.with_region(x)
+    assert out.equal(focused(x)) and region.boxes == focused.region(x).boxes and region.kept == focused.region(x).kept
+    official = "halo" in settings
+    assert bool(notes) == official and {what for _, what in notes} <= {"crop", "shape", "empty"}
+
+
 def test_defect_3_a_thin_region_on_a_small_map_stays_a_region():
     conv, x = a_conv(), noise(size=7)
     value = OfficialMap(x, [(8, 9, 0, 16)], (16, 16), report := [])

@@ -93,6 +93,21 @@ def test_import_convx_loads_no_torch():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("compiled", ["none", "default"])
+def test_an_evaluation_loads_neither_the_compiler_nor_scipy(compiled):
+    """They take seconds, in every job; deterministic kernels are asked for either way."""
+    code = f"""
+import sys, torch, convx.evaluate.run, convx.runs
+convx.runs.set_numerics({{"threads": 1, "precision": "fp32", "compile": "{compiled}"}})
+assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+print(sorted({{"torch._dynamo", "torch._inductor", "scipy.stats", "pandas"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (result.stdout.strip() == "[]") == (compiled == "none") and not result.returncode, (
+        result.stdout + result.stderr
+    )
+
+
 def test_every_verb_is_there_and_documented():
     import convx
     from convx.source import surgery_signatures

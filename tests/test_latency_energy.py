@@ -105,6 +105,17 @@ def test_garbage_collection_is_off_while_timing_and_comes_back():
     assert gc.isenabled()
 
 
+def test_many_timings_share_one_garbage_collection(monkeypatch):
+    collected = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(gc.isenabled()))
+    with pytest.raises(ZeroDivisionError), latency.uncollected():
+        for _ in range(3):
+            latency.paired({"a": lambda: None}, rounds=6)
+            assert not gc.isenabled()
+        raise ZeroDivisionError
+    assert collected == [True] and gc.isenabled()
+
+
 def test_a_model_against_itself_has_ratio_one_and_a_wider_one_is_slower():
     """On a busy machine intervals miss now and then and bursts widen them, so a few tries are allowed."""
     model, wide = small(), small(256)

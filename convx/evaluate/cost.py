@@ -1,5 +1,6 @@
 """What a model weighs without a clock: parameters, stored bytes, multiply-accumulates, peak memory."""
 
+import os
 import resource
 import sys
 
@@ -203,6 +204,7 @@ def peak_memory(model: nn.Module, x_BCHW: torch.Tensor) -> tuple[int, str]:
             extra = torch.cuda.max_memory_allocated(x_BCHW.device) - before
             return fixed + extra, "weights, input and max_memory_allocated above them in one forward pass"
         # Not torch.profiler.profile: its first use in a process takes seconds, this one milliseconds.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its first use reports a missing GPU as an error
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
             model(x_BCHW)
     changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
