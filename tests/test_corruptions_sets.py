@@ -56,7 +56,7 @@ def test_one_and_two_workers_and_any_chunk_write_the_same_bits(images, tmp_path,
         single = corrupt(images[31], corruption, 5, "cifar_c", 4, index=31)
         assert np.array_equal(one.cell(corruption, 5)[31], single)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
-        [".lock", "meta.json", *(f"{c}.npy" for c in SOME)]
+        [".lock", "built.json", "meta.json", *(f"{c}.npy" for c in SOME)]
     )
 
 
@@ -123,6 +123,9 @@ def test_an_interrupted_build_goes_on_where_it_stopped(images, tmp_path, monkeyp
     calls.clear()
     build(images, "cifar_c", SOME, [1, 3], tmp_path / "broken", 0, progress=False)
     assert not calls  # complete: nothing to do
+    (tmp_path / "broken" / "meta.json").unlink()  # as a workflow does that takes the job for unfinished
+    assert build(images, "cifar_c", SOME, [1, 3], tmp_path / "broken", 0, progress=False).meta == whole.meta
+    assert not calls
     build(images, "cifar_c", [*SOME, "snow"], [1, 3], tmp_path / "broken", 0, progress=False)
     assert set(calls) == {"snow"}  # one more is added to what is there
     assert list(open_corrupted(tmp_path / "broken")) == [c for c in MAIN if c in (*SOME, "snow")]

@@ -321,7 +321,7 @@ def test_corruption_goes_on_after_a_kill(images, tmp_path, victim):
     found = build(*arguments, folder, 0, progress=False)
     expected = build(*arguments, tmp_path / "whole", 0, progress=False)
     assert found.meta == expected.meta
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "elastic_transform.npy", "fog.npy", "meta.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "built.json", "elastic_transform.npy", "fog.npy", "meta.json"]
     assert all(isinstance(open_corrupted(folder)[name], np.memmap) for name in found)
 
 
@@ -331,7 +331,7 @@ def test_a_disk_that_fills_up_is_an_error_and_not_a_dead_worker(images, small_di
     with pytest.raises(OSError, match="No space left") as error:
         build(many, "cifar_c", ["fog"], [1, 2, 3], small_disk, 0, progress=False)
     assert explained(error.value).startswith("no space left on the disk")
-    assert {p.name for p in small_disk.iterdir()} <= {".lock", "unfinished.json"}
+    assert {p.name for p in small_disk.iterdir()} <= {".lock", "built.json"}
 
 
 DIES = """

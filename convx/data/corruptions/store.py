@@ -34,7 +34,7 @@ from convx.manifest import atomic
 
 SCHEMA_VERSION = 1
 META = "meta.json"
-STATE = "unfinished.json"
+STATE = "built.json"  # beside META, which is a job's output: a workflow removes that before it runs a job again
 CHUNK_BYTES = 4 << 20
 """Of source images in a job: small for an even load, large against the cost of a job."""
 
@@ -190,7 +190,6 @@ def build(
                     _write_json(folder / STATE, identity | {"sha256": finished})
         ordered = {c: finished[c] for c in protocol.corruptions if c in finished}
         _write_json(folder / META, identity | {"corruptions": list(ordered), "sha256": ordered})
-        (folder / STATE).unlink(missing_ok=True)
     return open_corrupted(folder)
 
 
