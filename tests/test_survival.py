@@ -321,7 +321,13 @@ def test_corruption_goes_on_after_a_kill(images, tmp_path, victim):
     found = build(*arguments, folder, 0, progress=False)
     expected = build(*arguments, tmp_path / "whole", 0, progress=False)
     assert found.meta == expected.meta
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "built.json", "elastic_transform.npy", "fog.npy", "meta.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
+        "built.json",
+        "elastic_transform.npy",
+        "fog.npy",
+        "meta.json",
+    ]
     assert all(isinstance(open_corrupted(folder)[name], np.memmap) for name in found)
 
 

@@ -10,7 +10,7 @@ BINS = 15
 
 
 def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) -> Result:
-    """Return the rows ``top1``, ``top5`` (above five classes), ``nll``, ``ece`` and ``per_class_top1``.
+    """Return the rows ``top1``, ``top5`` (above five classes), ``nll``, ``ece`` and ``per_class_top1`` (of classes with images).
 
     ``settings``: ``split`` ("test") names the images, ``class_names`` adds names to the classes.
     ``per_image``: ``correct``, bool [N]. ``details``: ``predictions``, int64 [N]. A logit that is not finite
@@ -48,8 +48,8 @@ def run(model: nn.Module, data: EvaluationData, settings: dict | None = None) ->
     right_K = torch.bincount(labels_N[correct_N], minlength=classes)
     for index, (count, right) in enumerate(zip(count_K.tolist(), right_K.tolist())):
         where = {"class": index} | ({"class_name": names[index]} if names else {})
-        value, method = (100 * right / count, plain) if count else (None, f"no {split} image of this class")
-        rows.append(row("per_class_top1", value, "%", n=count, split=split, method=method, **where))
+        if count:  # a network of 1,000 outputs on pictures of 10 classes has 10 rows
+            rows.append(row("per_class_top1", 100 * right / count, "%", n=count, split=split, method=plain, **where))
     per_image = {"correct": correct_N.numpy()}
     return Result(rows, per_image, {"predictions": prediction_N.numpy()})
 
