@@ -163,13 +163,13 @@ def _compared(claim: dict, table: Table) -> dict:
     except Stop as stop:
         stop.row = row | stop.row
         raise
-    contrast = row.pop("contrast")
+    contrast, images_alone = row.pop("contrast"), row.pop("images_alone", False)
     other_data = claim["data"] not in ("any", table.study["data"]["name"])
     if (kind in ("absolute", "cost") and differs) or (not claim["transfer"] and other_data):
         raise Stop("not comparable", "; ".join(differs), **row)
     row |= verdict_of(claim, contrast, row.pop("measured95", None))
     row["minimum_detectable_effect"] = effect = detectable(contrast, claim["margin"])
-    if row["ours_n"] == 1 and claim["metric"] not in (*ONCE, *COUNTED):
+    if row["ours_n"] == 1 and not images_alone and claim["metric"] not in (*ONCE, *COUNTED):
         # Without this rule the test set's interval alone could decide, as if seeds did not differ.
         row |= {"verdict": "inconclusive", "reason": "one run: its spread is unknown"}
         row |= {"p_difference": None, "p_equivalence": None}
@@ -186,9 +186,13 @@ def _difference(claim: dict, table: Table) -> dict:
     together = claim["pairing"] == "by_design" and list(a.index) == list(b.index)
     contrast = statistics.paired(a, b) if together else statistics.welch(a, b)
     shares = [table.shares(claim, claim[key], v) for key, v in (("variant", a), ("reference", b))]
-    if min(len(a), len(b)) > 1 and all(s is not None for s in shares) and shares[0].shape[1] == shares[1].shape[1]:
-        contrast = two_level(contrast, *shares, together)
-    row = _described(claim, table, a, b) | {"contrast": contrast}
+    row = _described(claim, table, a, b)
+    if all(s is not None for s in shares) and shares[0].shape[1] == shares[1].shape[1]:
+        if min(len(a), len(b)) > 1:
+            contrast = two_level(contrast, *shares, together)
+        elif together and table.untrained(claim) and all(np.isin(s, (0, 1)).all() for s in shares):
+            contrast, row["images_alone"] = statistics.paired_images(shares[0][0], shares[1][0]), True
+    row["contrast"] = contrast
     better = statistics.probability_of_improvement(a.to_numpy(), b.to_numpy(), resamples=200).estimate
     row["probability_of_improvement"] = 1 - better if claim["direction"] == "lower" else better
     return row

@@ -145,6 +145,16 @@ class Table:
                 reasons.append(f"{who}: {said}" + (f" (seed {first['seed']})" if len(rows) > 1 else ""))
         return "; ".join(reasons)
 
+    def untrained(self, claim: dict) -> bool:
+        """Tell whether nothing was trained in a claim's variants, nor in what they start from: their seeds have no spread."""
+        names = [claim["variant"], claim["reference"]]
+        while names:
+            facts = self.study["variants"][names.pop()]
+            if facts.get("epochs") != 0:
+                return False
+            names += [facts["start_from"]] if facts.get("start_from") else []
+        return True
+
     def method(self, claim: dict, variant: str) -> str:
         return " ".join(
             self.rows(variant, claim["metric"], claim["conditions"])["method"].dropna().astype(str).unique()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 PERCENT = 100.0  # accuracies are stored in percent: one is this many units
 
@@ -112,6 +112,56 @@ class _SingleRun(Contrast):
         null = min(1.0, max(0.0, (self.paper_value + value) / self.scale))
         distance = self.successes / self.images - null
         return _upper_tail(distance if above else -distance, math.sqrt(null * (1 - null) / self.images), math.inf)
+
+
+@dataclass(frozen=True)
+class _PairedImages(Contrast):
+    """One pair of runs on the same images: score tests of a difference of paired proportions (Tango 1998)."""
+
+    gained: int  # images that only the first has right
+    lost: int  # images that only the second has right
+    images: int
+    scale: float
+
+    def interval(self, level: float = 0.95) -> Interval:
+        z = float(special.ndtri(0.5 + _level(level) / 2))
+        share = self.estimate / self.scale
+        ends = [  # the score falls through +-z once on either side of the estimate
+            optimize.brentq(lambda at, sign=sign: self._score(at) - sign * z, *span) if span[0] < span[1] else share
+            for sign, span in ((1, (-1 + 1e-9, share)), (-1, (share, 1 - 1e-9)))
+        ]
+        return Interval(self.estimate, ends[0] * self.scale, ends[1] * self.scale, level, self.images, self.method)
+
+    def tail(self, value: float, above: bool) -> float:
+        score = self._score(min(1.0, max(-1.0, value / self.scale)))
+        return float(special.ndtr(-score if above else score))
+
+    def _score(self, null: float) -> float:
+        """Return (estimate - null) over its standard error under the null, whose lost share is the most likely one."""
+        n, b, c = self.images, self.gained, self.lost
+        linear = (2 * n - b + c) * null - b - c
+        product = -c * null * (1 - null)
+        lost = (math.sqrt(max(0.0, linear**2 - 8 * n * product)) - linear) / (4 * n)
+        variance = n * (2 * lost + null * (1 - null))
+        distance = b - c - n * null
+        return (
+            distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0
+        )
+
+
+def paired_images(a_N: Sequence[bool], b_N: Sequence[bool], scale: float = PERCENT) -> Contrast:
+    """Contrast of two accuracies on the same images, which are its only chance: for networks that nothing was trained in.
+
+    Tango's (1998) score interval for paired proportions, which has a width where not one image differs, and its one-sided tests.
+    """
+    a, b = np.asarray(a_N, dtype=bool), np.asarray(b_N, dtype=bool)
+    if a.ndim != 1 or a.shape != b.shape or not a.size:
+        raise ValueError(f"paired images must match one to one; got shapes {a.shape} and {b.shape}")
+    n, gained, lost = a.size, int((a & ~b).sum()), int((b & ~a).sum())
+    share = (gained - lost) / n
+    se = max(gained + lost - n * share**2, 1.0) ** 0.5 / n  # where no image differs, as if one did: for the power alone
+    method = f"Tango's score interval, {n} images of which {gained + lost} differ; nothing was trained, so no seeds"
+    return _PairedImages(share * scale, se * scale, math.inf, 1, method, gained, lost, n, scale)
 
 
 def one_sample(values: Sequence[float], constant: float = 0.0) -> Contrast:

@@ -244,6 +244,26 @@ def test_one_seed_decides_nothing():
     assert frame["delta_ci_low"][0] == pytest.approx(statistics.wilson_interval(9900, 10_000).low * 100 - 90)
 
 
+def test_one_run_is_all_there_is_where_nothing_was_trained():
+    """The images are the only chance then; where a start was trained, its seeds are one as well."""
+    n = 1000
+    right = {"cnn": np.arange(n) < 900, "new": (np.arange(n) < 901) & (np.arange(n) > 0)}  # one lost, one gained
+    kept = {name: {0: {"correct": array}} for name, array in right.items()}
+    runs = pd.DataFrame([row for name in right for row in rows(name, [100 * right[name].mean()], n=n)])
+    made = claim(direction="not_lower", pairing="by_design", margin=1.0, paper_value=0.0)
+    facts = study(seeds=1)
+    for epochs, start, verdict in ((0, 0, "supported"), (0, 5, "inconclusive"), (5, 0, "inconclusive")):
+        facts["variants"]["cnn"] |= {"epochs": start, "start_from": None}
+        facts["variants"]["new"] |= {"epochs": epochs, "start_from": "cnn"}
+        row = evaluate([made], runs, kept, facts).iloc[0]
+        assert row["verdict"] == verdict and ("one run" in (row["reason"] or "")) == (verdict == "inconclusive")
+    facts["variants"]["new"]["epochs"] = 0
+    row = evaluate([made | {"margin": 0.3}], runs, kept, facts).iloc[0]
+    expected = statistics.paired_images(right["new"], right["cnn"]).interval()
+    assert row["verdict"] == "inconclusive" and "does not settle it" in row["reason"] and "Tango" in row["method"]
+    assert (row["delta_ci_low"], row["delta_ci_high"]) == pytest.approx((expected.low, expected.high))
+
+
 def latency(median, low, high, reference="cnn", **conditions):
     where = {
         "batch": 1,

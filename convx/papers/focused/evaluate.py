@@ -12,6 +12,7 @@ from convx.evaluate import EvaluationData, Result, evaluation_mode, row
 from convx.layers.focused_network import Focused
 from convx.objectives.calibrated import flip_bound
 
+MOST_KEPT = 90.0  # percent of the map, the mean over images: a network that skips less says nothing about focus
 PICTURES = 6  # of which the region is kept, for the figure
 PICTURE_SIDE = 96  # pixels of a kept picture at most
 
@@ -22,9 +23,9 @@ def run(model: nn.Module, recipe: dict, data: EvaluationData) -> Result:
     Rows: ``aoi`` (percent of the map at the insertion point that is kept, by ``statistic``: mean, median, p10, p90),
     ``irrelevant_pixels`` (100 - the mean), ``disagreement`` (percent of predictions that differ from those without focus,
     and the one-sided 95 % bound on it), ``fallback_rate`` (percent of images computed densely; of the official behaviour
-    percent of its convolutions, by ``cause``), ``threshold``, and, where objects have boxes, ``region_iou`` (mean overlap of
-    the region's box with the object's). Arrays: ``aoi`` [N] in percent, ``changed`` [N], ``right`` [N], ``pictures``
-    [P, H, W, C] in 0..1 with ``regions`` [P, H, W], the kept share.
+    percent of its convolutions, by ``cause``), ``threshold``, ``precondition`` (name skips, 1 or 0, the method says why),
+    and, where objects have boxes, ``region_iou`` (mean overlap of the region's box with the object's). Arrays: ``aoi`` [N]
+    in percent, ``changed`` [N], ``right`` [N], ``pictures`` [P, H, W, C] in 0..1 with ``regions`` [P, H, W], the kept share.
     """
     if not isinstance(model, Focused) or model.whole:  # the network without focus
         return Result([])
@@ -65,6 +66,8 @@ def run(model: nn.Module, recipe: dict, data: EvaluationData) -> Result:
         row("disagreement", 100 * flip_bound(flips, n), "%", n=n, split="test", method=bound, statistic="upper95")
     )
     rows += _fallbacks(aoi, report, official, n)
+    said = f"focus keeps {np.mean(aoi):.1f} % of the map on average (at most {MOST_KEPT:g} % wanted)"
+    rows.append(row("precondition", float(np.mean(aoi) <= MOST_KEPT), "1", n=n, method=said, name="skips"))
     threshold = float(model.focus[int(model.depth)].threshold)
     shown = threshold if np.isfinite(threshold) else None
     method = "calibrated on images that are no test images" if shown is not None else "none: nothing is cut off"
