@@ -6,7 +6,8 @@ interval, the 95 % interval, the p value and the two one-sided tests of one comp
 same two numbers.
 
 One run has no spread. Such an interval is (-inf, inf), never an error and never a point: the tables always
-build, and a verdict on it can only be `inconclusive`.
+build, and a verdict on it can only be `inconclusive`. Where nothing was trained there is no spread to know:
+`paired_images` compares such networks over their test images.
 """
 
 import math
