@@ -209,6 +209,7 @@ def test_number(value, text):
 def test_with_interval_never_prints_what_is_not_known():
     assert words.with_interval(93.456, 93.1, 93.8, 2) == "93.46 [93.10, 93.80]"
     assert words.with_interval(93.456, -math.inf, math.inf, 2) == "93.46"
+    assert words.with_interval(0.22499999999999998, math.nan, math.nan, 2) == words.with_interval(0.225, None, None, 2)
     assert words.with_interval(-0.5, -0.75, 0.25, 2, sign=True, unit=" pp") == "−0.50 pp [−0.75, +0.25]"
     assert words.with_interval(0.00123, 0.0012, 0.00126) == "0.00123 [0.00120, 0.00126]"
     assert words.with_interval(math.nan, 1, 2) == "–"

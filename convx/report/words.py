@@ -60,6 +60,7 @@ def with_interval(value, low, high, places: int | None = None, sign: bool = Fals
     no value."""
     if not known(value):
         return DASH
+    value, low, high = (float(f"{x:.10g}") if known(x) else x for x in (value, low, high))  # as a table's CSV has them
     places = decimals(value, low, high) if places is None else places
     text = f"{value:{'+' if sign else ''}.{places}f}{unit}"
     if known(low) and known(high) and high > low:
