@@ -88,6 +88,20 @@ def test_warm_up_lasts_until_times_settle_and_ends_with_the_budget():
     assert warm_up((2.0**i for i in range(1000)), seconds=1e-9) == 5
 
 
+def test_an_idle_device_is_kept_busy_before_it_is_timed():
+    """Steady times alone do not end the warm-up before ``settle`` seconds; the budget of the warm-up does."""
+    for settle, seconds, least, most in ((0.2, 60.0, 0.2, 5.0), (30.0, 0.4, 0.1, 5.0)):
+        started, calls = time.perf_counter(), []
+
+        def clock(call, calls=calls):
+            calls.append(time.perf_counter())
+            time.sleep(0.005)
+            return 1.0
+
+        latency.paired({"only": lambda: None}, rounds=6, seconds=seconds, settle=settle, clock=clock)
+        assert least <= calls[-6] - started <= most, (settle, seconds)
+
+
 def test_rounds_end_with_the_budget_but_never_below_six():
     slow = {"a": lambda: time.sleep(0.02)}
     assert len(latency.paired(slow, rounds=1000, seconds=0.01)["a"]) == 6

@@ -16,6 +16,7 @@ import pytest
 from made_up import STUDY, build
 
 from convx import claims, config, statistics
+from convx.evaluate.energy import SHARED_COUNTERS
 from convx.report import figures, findings, forest, page, style, tables, words
 from convx.report.comparison import comparison, interval
 from convx.report.results import Results
@@ -179,6 +180,21 @@ def test_notes_group_what_differs_in_numbers_alone(folder):
     assert "mWh" in text and "mgCO2e" in text and "e-06" not in text
 
 
+def test_energy_of_a_device_that_others_used_too_is_a_bound(folder):
+    results = Results(folder)
+    frame = comparison(results)
+    method = f"NVML (GPU by NVML counter 97%; {SHARED_COUNTERS}; 480.0 s; CodeCarbon)"
+    frame.loc[frame["variant"] == "cnn", "training_energy_method"] = method
+    header, rows = tables.comparison_cells(results, frame)
+    energy = next(place for place, name in enumerate(header) if name.startswith("training") and name.endswith("Wh"))
+    cells = {row[0]: (row[energy], row[energy + 1]) for row in rows}
+    assert all(cell.startswith("≤ ") for cell in cells["cnn"])
+    assert not any(cell.startswith("≤") for cell in cells["tcnn"]) and float(cells["tcnn"][0]) > 0
+    notes = [note for note in tables.comparison_notes(results, frame) if note.startswith("Training energy")]
+    assert len(notes) == 1 and "upper bounds" in notes[0]
+    assert "upper bounds" not in _text(folder, "comparison.md")
+
+
 # ------------------------------------------------------------------------------------------------------ words
 
 
@@ -282,6 +298,19 @@ def test_how_sure_names_the_evidence_or_the_reason():
         "imagenet), epochs; reduced study; the images are a lossy copy"
     )
     assert findings.how_sure(_claim(verdict="not run", reason="x is not in the study")) == "x is not in the study"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said", "words"),
+    [(5.9, 6.9, 16, "smaller than the paper's"), (-0.6, -0.1, -0.2, ""), (-9, -7, -2, "larger than the paper's")],
+)
+def test_how_sure_says_where_the_size_is_not_the_papers(low, high, said, words):
+    """A cost of 6 points supports the direction of a claim of 16, and the table must not hide the difference."""
+    facts = {"claim_kind": "delta", "unit": "pp", "margin": 0.1, "ours_n": 4.0, "reference_n": 4.0}
+    facts |= {"paper_value": said, "delta_ci_low": low, "delta_ci_high": high}
+    row = _claim(verdict="supported", **facts)
+    assert findings.how_sure(row) == "; ".join(filter(None, ["4 runs each; margin 0.1 pp", words]))
+    assert "paper's" not in findings.how_sure(_claim(verdict="inconclusive", reason="too wide", **facts))
 
 
 def test_reasons_group_what_the_study_lacks():

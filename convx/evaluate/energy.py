@@ -18,6 +18,7 @@ from convx.evaluate import Result, evaluation_mode, output_of, row
 from convx.manifest import processor
 
 WORLD_INTENSITY = 475.0  # gCO2e per kWh, CodeCarbon's world average
+SHARED_COUNTERS = "shared: counters include what ran beside it"  # of a scope, in a method
 COUNTERS = {"intel_rapl": "RAPL", "windows_emi": "RAPL", "intel_power_gadget": "Power Gadget"}
 
 
@@ -75,7 +76,7 @@ class Reading:
         if self.scope == "machine":
             scope = "whole machine"
         elif self.cpu_mode in COUNTERS or self.on_gpu:
-            scope = "shared: counters include what ran beside it"
+            scope = SHARED_COUNTERS
         else:
             scope = "shared: process-level estimate"
         pue = "" if self.pue == 1 else f", PUE {self.pue:g}"

@@ -24,6 +24,7 @@ from convx.seeds import derive, generator
 
 MIN_ROUNDS = 6  # the fewest for a 95 % interval of a median
 WARM_UP = 5
+SETTLE = 1.0  # seconds: an idle GPU raises its clock over many short calls, which look steady meanwhile
 BATCHES = 24  # different batches of test images, for models whose latency depends on the pixels
 
 
@@ -71,11 +72,12 @@ def paired(
     seconds: float = 10.0,
     seed: int = 0,
     clock: Callable | None = None,
+    settle: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Return {name: milliseconds [rounds]} of calls that are timed in turn, in a new random order each round.
 
-    Warm-up: at least five rounds, then until the sum of three rounds is within 5 % of that of the three
-    before, for a quarter of ``seconds`` at most. Then ``rounds`` rounds, fewer (but six) when ``seconds`` are
+    Warm-up: at least five rounds and ``settle`` seconds, then until the sum of three rounds is within 5 % of that of
+    the three before, for a quarter of ``seconds`` at most. Then ``rounds`` rounds, fewer (but six) when ``seconds`` are
     over. ``clock(call) -> ms`` times one call (default: wall clock). Garbage collection is off meanwhile (:func:`uncollected`).
     """
     clock, order = clock or _wall, list(calls)
@@ -84,6 +86,8 @@ def paired(
         started, totals = time.perf_counter(), []
         while time.perf_counter() - started < seconds / 4 or len(totals) < WARM_UP:
             totals.append(sum(clock(call) for call in calls.values()))
+            if time.perf_counter() - started < settle:
+                continue
             if len(totals) > WARM_UP and abs(sum(totals[-3:]) / sum(totals[-6:-3]) - 1) < 0.05:
                 break
         samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -146,6 +150,7 @@ def _condition(models: dict[str, nn.Module], shape_CHW, settings: dict, device: 
             calls = {name: _turns(model, inputs) for name, model in models.items()}
             clock = _events if device.type == "cuda" else _wall
             limits = {key: settings[key] for key in ("rounds", "seconds", "seed") if key in settings}
+            limits["settle"] = SETTLE if device.type == "cuda" else 0.0
             samples = paired(calls, clock=clock, **limits)
     except RuntimeError as error:
         reason = failure_reason(error)  # out of memory; anything else is an error in the format that all support

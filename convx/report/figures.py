@@ -254,7 +254,8 @@ def training_curves(results: Results, table: pd.DataFrame):
     right.set_ylabel("training loss")
     style.title(figure, "While training: mean over seeds, shaded from the lowest to the highest seed")
     style.legend(right, len(found))
-    _note(figure, results, "Variants that start from another one begin at its end.")
+    later = any(config.variant_settings(results.study, name)["start_from"] for _, name in found)
+    _note(figure, results, "Variants that start from another one begin at its end." if later else "")
     return figure
 
 

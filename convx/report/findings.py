@@ -131,9 +131,22 @@ def how_sure(row, reduced: str = "") -> str:
             parts.append(f"margin {row['margin']:g}{unit(row)}")
         if known(row["holm_p"]):
             parts.append(f"p {probability(row['holm_p'])} after Holm's correction")
+        parts.append(size(row))
     if row["scope"] and row["verdict"] in MEASURED:
         parts.append(terms(row["scope"], reduced))
     return "; ".join(part for part in parts if part)
+
+
+def size(row) -> str:
+    """Return words where a difference goes the paper's way and the interval says that its size is another one.
+
+    The verdict on a difference is about its direction, which other data can show too; its size belongs to the data.
+    """
+    low, high, said = row["delta_ci_low"], row["delta_ci_high"], row["paper_value"]
+    told = row["claim_kind"] == "delta" and row["verdict"] == "supported" and row["unit"] == "pp"
+    if not (told and known(low) and known(high) and known(said)) or low <= said <= high:
+        return ""
+    return f"{'smaller' if min(abs(low), abs(high)) < abs(said) else 'larger'} than the paper's"
 
 
 def terms(scope: str, reduced: str = "") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from convx.manifest import atomic, write_json
+from convx.evaluate.energy import SHARED_COUNTERS
 from convx.report import origins
 from convx.report.comparison import COSTS, comparison, interval
 from convx.report.findings import MEASURED, SIGNS, found, how_sure, order, paper_says, reasons
@@ -96,9 +97,17 @@ def comparison_cells(results: Results, frame: pd.DataFrame) -> tuple[list[str], 
         cells += [_measured(row, column, 2) for column in ("top1", "corruption")]
         cells += [_measured(row, "latency_ms"), _measured(row, "latency_ratio", 2)]
         for column, (factor, _) in units.items():
-            cells.append(significant(row[column] * factor) if known(row[column]) else DASH)
+            cells.append(_cost(row, column, factor))
         rows.append(cells)
     return header, rows
+
+
+def _cost(row, column: str, factor: float) -> str:
+    """Return one cost; a bound where the counters of a device ran for other jobs, too."""
+    if not known(row[column]):
+        return DASH
+    bound = column.startswith("training") and SHARED_COUNTERS in str(row["training_energy_method"])
+    return ("≤ " if bound else "") + significant(row[column] * factor)
 
 
 def _measured(row, column: str, places: int | None = None) -> str:
@@ -142,6 +151,8 @@ def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
         ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
         if ways:
             rank = " Estimates are never ranked." if any("estimate" in way for way in ways) else ""
+            if any(SHARED_COUNTERS in way for way in ways):
+                rank += " What ran beside a training is in its counters, so they are upper bounds (≤)."
             notes.append(f"{label} energy: {'; '.join(ways)}.{rank}")
     return notes + origins.notes(results)
 
