@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from convx.manifest import atomic, write_json
 from convx.evaluate.energy import SHARED_COUNTERS
+from convx.manifest import atomic, write_json
 from convx.report import origins
 from convx.report.comparison import COSTS, comparison, interval
 from convx.report.findings import MEASURED, SIGNS, found, how_sure, order, paper_says, reasons
