@@ -175,7 +175,13 @@ def test_the_small_study_decides_on_predictions_alone():
     study = config.load_study(REPOSITORY / "config" / "canvas_small.yaml")
     assert study["evaluate"]["latency"] is None and study["evaluate"]["energy"] is None
     claim = next(c for c in load_ledgers() if c["id"] == "focused.accuracy_kept")
-    controls = {"focused_random", "focused_centre", "focused_oracle_random", "focused_oracle_centre", "focused_official"}
+    controls = {
+        "focused_random",
+        "focused_centre",
+        "focused_oracle_random",
+        "focused_oracle_centre",
+        "focused_official",
+    }
     assert {claim["variant"], claim["reference"], "focused_oracle"} | controls <= set(study["variants"])
     calibrated = [config.resolve(study, v, 0) for v in ("focused_bbox", "focused_official", "focused_loose")]
     assert {recipe["surgery"][0]["after"] for recipe in calibrated} == {"{stage-2}"}  # as the pilot in the header says
