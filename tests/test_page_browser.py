@@ -44,6 +44,10 @@ function measure(frame, width) {
     text: d.body.innerText,
     background: frame.contentWindow.getComputedStyle(d.body).backgroundColor,
   };
+  const fold = d.querySelector("table.claims + details");
+  found[width].open = fold.open;
+  fold.open = true;
+  found[width].folded = [...fold.querySelectorAll("tbody tr")].filter(shown).map(r => [...r.cells].map(c => c.innerText));
   if (Object.keys(found).length === widths.length) {
     const out = document.createElement("pre");
     out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
@@ -111,8 +115,11 @@ def test_a_complaint_would_be_seen(tmp_path):
 def test_primary_claims_are_there_with_their_verdicts(study, seen, width):
     _, frame = study
     primary = frame[frame["role"] == "primary"]
-    rows = seen[width]["claims"]
+    rows = seen[width]["claims"] + seen[width]["folded"]
     assert len(rows) == len(primary) == sum(c["role"] == "primary" for c in claims.load_ledgers())
+    here = ~primary["reason"].fillna("").str.endswith("is not in the study")
+    # What the study is about comes first, the rest is folded.
+    assert len(seen[width]["claims"]) == here.sum() > 0 and not seen[width]["open"]
     shown = {row[0].splitlines()[-1].split("; ")[-1].strip(): row for row in rows}
     for _, row in primary.iterrows():
         cells = next(cells for name, cells in shown.items() if name.endswith(row["claim_id"]))

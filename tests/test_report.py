@@ -490,6 +490,20 @@ def test_page_answers_first(folder):
         assert page.verdict(word) in text and findings.SIGNS[word] in page.verdict(word)
 
 
+def test_page_folds_main_claims_of_other_studies(folder):
+    """What a reader came for stands first; a claim about variants that the study lacks is there when unfolded."""
+    text, _ = _outline(folder)
+    frame = Results(folder).replication
+    primary = frame[frame["role"] == "primary"]
+    absent = primary[primary["reason"].fillna("").str.endswith("is not in the study")]
+    assert 0 < len(absent) < len(primary)
+    fold = text.index(f"<details><summary>{len(absent)} are about variants that this study does not have (")
+    end = text.index("</details>", fold)
+    for _, row in primary.iterrows():
+        inside = fold < text.index(f"<code>{row['claim_id']}</code>") < end
+        assert inside == (row["claim_id"] in set(absent["claim_id"])), row["claim_id"]
+
+
 def test_page_escapes_what_it_shows(tmp_path):
     folder = build(tmp_path, seeds=[0], description='<b>bold</b> & "quoted"', reduced="<script>alert(1)</script>")
     text = page.write(folder).read_text(encoding="utf-8")

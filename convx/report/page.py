@@ -13,7 +13,7 @@ from convx import config
 from convx.manifest import atomic
 from convx.report import origins
 from convx.report.comparison import comparison
-from convx.report.findings import MEANINGS, SIGNS, found, how_sure, order, paper_says, reasons
+from convx.report.findings import ABSENT, MEANINGS, SIGNS, found, how_sure, order, paper_says, reasons
 from convx.report.look import STYLE
 from convx.report.results import Results
 from convx.report.tables import comparison_cells, comparison_notes, split
@@ -49,7 +49,7 @@ def write(folder: str | Path) -> Path:
         _head(results, replicated),
         "<main>",
         _answer(primary),
-        _claims(primary, "The main claims of each paper, fixed before anything was run.", reduced),
+        _main_claims(primary, reduced),
         _figure("claims_forest", pictures.pop("claims_forest", None)),
         _undecided(replicated),
         _comparison(results, compared),
@@ -121,6 +121,18 @@ def _answer(primary: pd.DataFrame) -> str:
     if len(left):
         parts.append(f"{'The other ' if len(settled) else ''}{len(left)} could not: {_counted(left['verdict'])}.")
     return f"<h2>What was claimed, what we found</h2><p class='answer'>{''.join(parts)}</p>"
+
+
+def _main_claims(primary: pd.DataFrame, reduced: str) -> str:
+    """Return the primary claims; those of which the study has no variant are folded."""
+    caption = "The main claims of each paper, fixed before anything was run."
+    absent = (primary["verdict"] == "not run") & primary["reason"].str.endswith(ABSENT)
+    if absent.all() or not absent.any():
+        return _claims(primary, caption, reduced)
+    other, papers = primary[absent], listed(sorted(set(primary.loc[absent, "paper_key"])))
+    summary = f"{len(other)} are about variants that this study does not have ({_text(papers)})"
+    folded = _claims(other, "Main claims that are for another study.", reduced)
+    return _claims(primary[~absent], caption, reduced) + f"<details><summary>{summary}</summary>{folded}</details>"
 
 
 def _claims(frame: pd.DataFrame, caption: str, reduced: str) -> str:
