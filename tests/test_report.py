@@ -195,6 +195,25 @@ def test_energy_of_a_device_that_others_used_too_is_a_bound(folder):
     assert "upper bounds" not in _text(folder, "comparison.md")
 
 
+def test_what_folding_saves_stands_below_the_comparison(tmp_path):
+    folder = build(tmp_path, seeds=[0])
+    for what, metric in (("evaluation", "macs"), ("cost", "latency_ratio")):
+        file = folder / "metrics" / "lc_frozen_x8" / "seed0" / f"{what}.json"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        plain = [row for row in record["rows"] if row["metric"] == metric]
+        record["rows"] += [
+            row | {"value": row["value"] / 4, "conditions": row["conditions"] | {"folded": "yes"}} for row in plain
+        ]
+        file.write_text(json.dumps(record), encoding="utf-8")
+    results = Results(folder)
+    frame = comparison(results).set_index("variant")
+    notes = [note for note in tables.comparison_notes(results, frame.reset_index()) if note.startswith("Folded")]
+    row = frame.loc["lc_frozen_x8"]
+    ratio = words.with_interval(*(row[f"latency_ratio{k}"] / 4 for k in ("", "_low", "_high")), 2)
+    wanted = f"`lc_frozen_x8` {words.number(row['macs'] / 4)} MACs, {ratio} of `cnn`'s latency"
+    assert notes == [f"Folded for inference, the same function: {wanted}."]
+
+
 # ------------------------------------------------------------------------------------------------------ words
 
 

@@ -120,6 +120,21 @@ def _latency_condition(frame: pd.DataFrame) -> str:
     return f"batch {listed([str(b) for b in batches]) or 1}" + (f", {', '.join(devices)}" if devices else "")
 
 
+def _folded(results: Results) -> list[str]:
+    """Return what folding makes of the cost of each variant that it changes, or that was timed in that form."""
+    found = []
+    for name in results.variants:
+        plain, folded = (results.values(name, "macs", folded=form) for form in ("no", "yes"))
+        parts = [f"{number(folded.iloc[0])} MACs"] if len(folded) and set(folded) != set(plain) else []
+        ratio = [results.values(name, "latency_ratio", folded="yes", statistic=k) for k in ("median", "low", "high")]
+        if all(len(values) for values in ratio):
+            median, low, high = (float(values.iloc[0]) for values in ratio)
+            parts.append(f"{with_interval(median, low, high, 2)} of `{results.study['baseline']}`'s latency")
+        if parts:
+            found.append(f"`{name}` {', '.join(parts)}")
+    return found
+
+
 def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
     """Return how each figure of the comparison was obtained, one sentence or two a note."""
     notes = []
@@ -147,6 +162,8 @@ def comparison_notes(results: Results, frame: pd.DataFrame) -> list[str]:
             f"different rows were "
             "not measured side by side."
         )
+    if forms := _folded(results):
+        notes.append(f"Folded for inference, the same function: {'; '.join(forms)}.")
     for label, column in (("Inference", "energy_method"), ("Training", "training_energy_method")):
         ways = grouped({row["variant"]: row[column] for _, row in frame.iterrows()})
         if ways:
