@@ -184,7 +184,8 @@ def test_the_small_study_decides_on_predictions_alone():
     }
     assert {claim["variant"], claim["reference"], "focused_oracle"} | controls <= set(study["variants"])
     calibrated = [config.resolve(study, v, 0) for v in ("focused_bbox", "focused_official", "focused_loose")]
-    assert {recipe["surgery"][0]["after"] for recipe in calibrated} == {"{stage-2}"}  # as the pilot in the header says
+    assert {recipe["surgery"][0]["after"] for recipe in calibrated} == {"{stage-2}"}  # as the header says
+    assert [recipe["objective"]["max_flips"] for recipe in calibrated] == [0.1, 0.1, 0.5]
     assert study["data"]["validation"] == 2000 and len(study["seeds"]) == 4
 
 
