@@ -47,6 +47,15 @@ def _one(results, name: str, metric: str, **conditions) -> float:
     return float(values.mean()) if len(values) else np.nan
 
 
+def _timed(panel, before):
+    """Return the panel of latencies with its line at the dense network; without any it goes, and ``before`` is the last."""
+    if not panel.has_data():
+        panel.remove()
+        return before
+    panel.axhline(1, color=style.SOFT, linewidth=0.9, linestyle=":")
+    return panel
+
+
 def operating_points(results, names: list[str]):
     """Top-1, changed predictions and latency of every variant against the mean share of the map that it computes."""
     baseline = results.study["baseline"]
@@ -74,12 +83,12 @@ def operating_points(results, names: list[str]):
     left.set_ylabel("top-1 on the test images (%)")
     middle.set_ylabel("predictions changed by focus (%)")
     right.set_ylabel(f"latency / `{baseline}`, batch 1")
-    right.axhline(1, color=style.SOFT, linewidth=0.9, linestyle=":")
-    for axes in (left, middle, right):
+    last = _timed(right, middle)
+    for axes in (left, middle, last):
         axes.set_xlabel("kept share of the map (%)")
         axes.set_xlim(0, 104)
     handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, numpoints=1)
+    last.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, numpoints=1)
     style.title(
         figure, "What focus keeps, changes and saves: means over test images, 95 % intervals (middle: one-sided bound)"
     )
@@ -103,10 +112,11 @@ def images(results, names: list[str]):
             right.plot(kept, focused / dense, **look)
     left.set(xlabel="kept share of the map (%)", ylabel="images with at most that share (%)", xlim=(0, 104))
     right.set(xlabel="kept share of the map (%)", ylabel="latency of the image, focused / dense", xlim=(0, 104))
-    right.axhline(1, color=style.SOFT, linewidth=0.9, linestyle=":")
+    last = _timed(right, left)
     handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    style.title(figure, "Image by image: the kept share (left) and the latency at batch 1 (right), test images")
+    last.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    what = "the kept share (left) and the latency at batch 1 (right)" if last is right else "the kept share"
+    style.title(figure, f"Image by image: {what}, test images")
     return figure
 
 
